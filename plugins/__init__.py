@@ -1,0 +1,1 @@
+"""What Airflow lacks: the operators that run a step."""

@@ -1,0 +1,56 @@
+"""The pipelines of this deployment, which are the files in `config/`, and the names of their runs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from croniter import croniter
+
+from tasks.errors import SettingsError
+from tasks.settings import Settings, load
+
+ROOT = Path(__file__).parent.parent
+
+
+def read_pipelines() -> tuple[dict[Path, Settings], list[str]]:
+    """The settings of every usable file, and one sentence for each file that is not.
+
+    `RETRAIN_CONFIG` names another folder than `config/`.
+    """
+    folder = Path(os.environ.get("RETRAIN_CONFIG") or ROOT / "config")
+    pipelines: dict[Path, Settings] = {}
+    faults = []
+    names: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.yaml")):
+        try:
+            settings = load(file)
+        except SettingsError as error:
+            faults.append(str(error))
+            continue
+        if other := names.get(settings.name):
+            faults.append(f"{file}: name: {settings.name!r} is taken by {other}; two pipelines would share one model")
+            continue
+        if settings.schedule and not croniter.is_valid(settings.schedule):
+            faults.append(f"{file}: schedule: expected a cron expression, as '0 4 * * 1', found {settings.schedule!r}")
+            continue
+        names[settings.name] = file
+        pipelines[file] = settings
+    if not pipelines and not faults:
+        faults.append(
+            f"{folder} has no pipeline: expected at least one .yaml file there (RETRAIN_CONFIG names the folder)"
+        )
+    return pipelines, faults
+
+
+def run_id(pipeline: str, dag_run_id: str) -> str:
+    """A run's name in the store: readable, safe in a key, and its own for each pipeline and Airflow run id.
+
+    Always the same for the same run, so that a retried or cleared task finds what was there.
+    """
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", dag_run_id)[:100].strip("-")
+    # Two run ids may look alike once ':' and '+' are gone, and two pipelines may have the same one.
+    digest = hashlib.sha256(f"{pipeline}\n{dag_run_id}".encode()).hexdigest()[:8]
+    return f"{pipeline}-{readable}-{digest}"

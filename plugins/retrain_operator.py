@@ -1,0 +1,159 @@
+"""The operators that run a step of a pipeline, and the choice between them.
+
+A step is a program, `python -m tasks STEP --run s3://BUCKET/runs/RUN_ID`, whatever runs it. `RETRAIN_RUNNER` says what
+does: `local`, a process of the Airflow worker (`LocalStep`, here), or `kubernetes`, a pod (`PodStep`, in
+`retrain_pod.py`, which is imported only then). Both end with what the step left in the store as their XCom.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import BaseOperator, Context
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from plugins.pipelines import ROOT
+from tasks.errors import NEVER_RETRY, SettingsError
+
+# Airflow kills a task five seconds after it asked it to stop; a step that ignores SIGTERM must be gone by then.
+GRACE = 3.0
+
+
+def step_operator(step: str, *, gpu: bool = False, **kwargs: Any) -> BaseOperator:
+    """The operator that runs a step where `RETRAIN_RUNNER` says; `gpu` matters to pods only.
+
+    Raises `SettingsError` when `RETRAIN_RUNNER` is missing or unknown.
+    """
+    runner = os.environ.get("RETRAIN_RUNNER", "")
+    if runner == "local":
+        return LocalStep(task_id=step, step=step, **kwargs)
+    if runner == "kubernetes":
+        from plugins.retrain_pod import PodStep  # noqa: PLC0415  (the Kubernetes client takes a second to import)
+
+        return PodStep(task_id=step, step=step, gpu=gpu, **kwargs)
+    raise SettingsError(
+        f"RETRAIN_RUNNER is {runner!r}: set it, wherever Airflow runs, to 'local' (a step is a process of the worker) "
+        f"or 'kubernetes' (a step is a pod)"
+    )
+
+
+def step_arguments(step: str, run_uri: str, pipeline_file: str | None, context: Context) -> list[str]:
+    """What follows `python -m tasks`. With a pipeline's file come the settings that were changed for this run."""
+    arguments = [step, "--run", run_uri]
+    if pipeline_file:
+        arguments += ["--pipeline", pipeline_file]
+        for name, value in changed_settings(context["params"], context["dag"].params).items():
+            arguments += ["--set", f"{name}={json.dumps(value)}"]
+    return arguments
+
+
+def changed_settings(params: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The params that differ from the file's values, and those that no setting has: `configure` will refuse these."""
+    return {name: value for name, value in params.items() if name not in defaults or value != defaults[name]}
+
+
+def report_result(operator: Any, context: Context) -> dict[str, Any]:
+    """What the step left in the store, for the XCom; an asset's event carries it too."""
+    from tasks.run import Run  # noqa: PLC0415  (brings boto3, which the scheduler has no use for)
+
+    result = Run.at(operator.run_uri).result(operator.step)
+    for asset in operator.outlets:
+        context["outlet_events"][asset].extra = {"run": operator.run_uri, **result}
+    return result
+
+
+class LocalStep(BaseOperator):
+    """Runs a step as a process of this worker, and its output into the task's log.
+
+    An exit code that says "never retry" (bad data, bad settings) fails the task for good; any other may be retried.
+    Stopping the task stops the step and every process that it started.
+
+    :param step: the step's name, as in `python -m tasks STEP`
+    :param run_uri: where the run is in the store (templated)
+    :param pipeline_file: for `configure` only: the pipeline's file
+    """
+
+    template_fields = ("run_uri",)
+    ui_color = "#dbeafe"
+    ui_fgcolor = "#1e3a8a"
+
+    def __init__(self, *, step: str, run_uri: str, pipeline_file: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.step = step
+        self.run_uri = run_uri
+        self.pipeline_file = pipeline_file
+        self._process: subprocess.Popen[str] | None = None
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Run the step; returns its result. Raises with the step's own one-line reason."""
+        arguments = step_arguments(self.step, self.run_uri, self.pipeline_file, context)
+        self.log.info("python -m tasks %s", subprocess.list2cmdline(arguments))
+        with tempfile.NamedTemporaryFile() as termination_log:
+            code, last_line = self._run([sys.executable, "-m", "tasks", *arguments], termination_log.name)
+            reason = Path(termination_log.name).read_text(encoding="utf-8").strip() or last_line
+        if code in NEVER_RETRY:
+            raise AirflowFailException(f"{self.step}: {reason}")
+        if code < 0:
+            hint = ": the machine may have run out of memory" if code == -signal.SIGKILL else ""
+            raise AirflowException(f"{self.step} was stopped by {signal.Signals(-code).name}{hint}")
+        if code:
+            raise AirflowException(f"{self.step} failed with exit code {code}: {reason}")
+        return report_result(self, context)
+
+    def _run(self, command: list[str], termination_log: str) -> tuple[int, str]:
+        """Run a command, copy its output to the log as it comes, and return the exit code and the last line."""
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=step_environment() | {"RETRAIN_TERMINATION_LOG": termination_log},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            process_group=0,
+        )
+        threading.Thread(target=_end_with, args=[self._process], daemon=True).start()
+        line = "it said nothing"
+        assert self._process.stdout  # noqa: S101  (for the type checker)
+        for raw in self._process.stdout:
+            line = raw.rstrip() or line
+            self.log.info("%s", raw.rstrip())
+        return self._process.wait(), line
+
+    def on_kill(self) -> None:
+        """Ask the step and its children to stop, and make them when they do not."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+                return
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def step_environment() -> dict[str, str]:
+    """The worker's environment without Airflow's own settings, in which there are secrets that no step needs."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW_", "_AIRFLOW_"))}
+    return own | {"PYTHONUNBUFFERED": "1"}
+
+
+def _end_with(process: subprocess.Popen[str]) -> None:
+    """Wait for a step's end, then end what it left behind: an orphan would hold the output, and so the task, open."""
+    # Not reaped yet, so that its id, which is its group's, cannot be another's by now.
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,146 @@
+"""The steps as programs: `python -m tasks STEP --run s3://BUCKET/runs/RUN_ID`.
+
+    python -m tasks configure --run s3://retrain/runs/try --pipeline config/demo.yaml --set training.epochs=1
+    python -m tasks pull --run s3://retrain/runs/try
+    python -m tasks models pull demo --to ./model
+
+A step reads its inputs from the object store, writes its outputs there, and is safe to run again. Exit codes: 0 done,
+65 the data or model is not fit, 78 a setting is wrong or refused, 75 try again later, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tasks
+from tasks import settings
+from tasks.errors import StepError
+from tasks.run import Run
+from tasks.storage import Store
+
+log = logging.getLogger("tasks")
+
+# What each step does, in the order of the flow; the module of the same name does it in `run(run) -> result`.
+STEPS = {
+    "configure": "check the settings and write them down for every later step",
+    "pull": "bring the corpus and the base model into the store, under their content's fingerprint",
+    "validate": "prove that the corpus is fit to train on, and set aside the pairs that are not",
+    "preprocess": "turn sentences into token ids",
+    "train": "fine-tune the base model",
+    "evaluate": "let candidate and champion translate the same test split, and score both",
+    "gate": "decide, on evidence, whether the candidate is better than the champion",
+    "promote": "publish the candidate as a version, and point production at it",
+    "reject": "leave production where it is, and say why",
+    "report": "write one HTML page that explains the run",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for library in ("great_expectations", "datasets", "httpx", "absl", "matplotlib", "botocore"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    try:
+        arguments.command(arguments)
+    except StepError as error:
+        _say_why(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=tasks.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for step, purpose in STEPS.items():
+        command = commands.add_parser(step, help=purpose, description=f"{step}: {purpose}.")
+        command.add_argument("--run", required=True, metavar="URI", help="s3://BUCKET/runs/RUN_ID")
+        command.set_defaults(command=_run_step, step=step)
+        if step == "configure":
+            command.add_argument("--pipeline", required=True, type=Path, help="the pipeline's file in config/")
+            command.add_argument(
+                "--set",
+                action="append",
+                default=[],
+                metavar="NAME=VALUE",
+                help="change a setting, as training.epochs=1",
+            )
+
+    listing = commands.add_parser("settings", help="list every setting, its default and what it means")
+    listing.add_argument("--pipeline", type=Path, default=Path("config/en-es.yaml"))
+    listing.set_defaults(command=_list_settings)
+
+    models = commands.add_parser("models", help="look at and pull published models").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    for name, purpose in {"list": "list versions", "show": "show production's manifest", "pull": "download"}.items():
+        command = models.add_parser(name, help=purpose)
+        command.add_argument("model", help="the model's name, as demo")
+        command.add_argument("--bucket", default=os.environ.get("RETRAIN_BUCKET", "retrain"))
+        command.set_defaults(command=_models, action=name)
+        if name == "pull":
+            command.add_argument("--version", default="production", help="a version, or production")
+            command.add_argument("--to", required=True, type=Path, help="the directory to make")
+    return parser
+
+
+def _run_step(arguments: argparse.Namespace) -> None:
+    """Run a step, record its result, and frame the log with what it will do and what it did."""
+    step, run = arguments.step, Run.at(arguments.run)
+    log.info("%s: %s (%s)", step, STEPS[step], run.uri)
+    started = time.monotonic()
+    module = importlib.import_module(f"tasks.{step}")
+    if step == "configure":
+        result = module.run(run, arguments.pipeline, settings.parse_overrides(arguments.set))
+    else:
+        result = module.run(run)
+    seconds = round(time.monotonic() - started, 1)
+    run.save_result(step, {**result, "seconds": seconds})
+    log.info("%s: done in %.1f s: %s", step, seconds, result["summary"])
+
+
+def _list_settings(arguments: argparse.Namespace) -> None:
+    for name, field in settings.form_fields(settings.load(arguments.pipeline)).items():
+        print(f"{name} = {json.dumps(field['default'], ensure_ascii=False)}\n    {field.get('description', '')}")
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    from tasks import registry
+
+    store = Store(arguments.bucket)
+    if arguments.action == "list":
+        production = registry.read_pointer(store, arguments.model)
+        for version in registry.versions(store, arguments.model):
+            print(f"{version}{'  <- production' if production and production.version == version else ''}")
+        return
+    if arguments.action == "show":
+        shown: dict[str, Any] = registry.manifest(store, arguments.model, "production").to_dict()
+        print(json.dumps(shown, indent=2, ensure_ascii=False))
+        return
+    version = registry.pull(store, arguments.model, arguments.version, arguments.to)
+    print(f"{arguments.model} {version} is in {arguments.to}, every file verified")
+
+
+def _say_why(reason: str) -> None:
+    """Leave the one-line reason where people and Kubernetes look for it."""
+    log.error("ERROR: %s", reason)
+    path = Path(os.environ.get("RETRAIN_TERMINATION_LOG", "/dev/termination-log"))
+    if path.exists():
+        path.write_text(reason[:4096], encoding="utf-8")  # more than 4096 bytes is cut by Kubernetes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

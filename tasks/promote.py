@@ -1,0 +1,62 @@
+"""promote: publish the candidate as a version, and point production at it.
+
+    python -m tasks promote --run s3://retrain/runs/RUN_ID
+
+Reads    runs/RUN_ID/gate.json, candidate/
+Writes   models/NAME/versions/VERSION/...   manifest.json last, with metrics and lineage
+         models/NAME/history/NUMBER.json    the event
+         models/NAME/production.json        the pointer, moved only if it is where evaluate found it
+Result   the version
+
+A version is named by the run's date and the candidate's content, so promoting the same run again is the same version.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tasks import artifacts, registry
+from tasks.artifacts import MANIFEST
+from tasks.errors import DataError
+from tasks.run import Run
+from tasks.train import CANDIDATE
+
+
+def run(run: Run) -> dict[str, Any]:
+    """Publish the candidate. Raises `DataError` when the gate did not let it through or production has moved."""
+    gate = run.result("gate")
+    if gate["decision"] != "promote":
+        raise DataError(f"the gate of {run.uri} decided {gate['decision']!r}: nothing to promote")
+    name = run.settings.name
+    with tempfile.TemporaryDirectory() as scratch:
+        candidate = Path(scratch) / CANDIDATE
+        fingerprint = artifacts.fetch(run.store, run.key(CANDIDATE), candidate).fingerprint
+        version = f"{run.config['created'][:10]}-{fingerprint[:10]}"
+        prefix = registry.version_prefix(name, version)
+        if not run.store.exists(f"{prefix}/{MANIFEST}"):
+            artifacts.publish(run.store, prefix, candidate, {"version": version, **describe(run)})
+    event = registry.move(
+        run.store, name, version, expected=gate["champion_version"], who=run.id, why=run.result("gate")["summary"]
+    )
+    before = f"instead of {event.before}" if event.before else "as its first version"
+    return {"summary": f"{name} {version} is in production {before}", "version": version, "event": event.number}
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What a version's manifest says besides its files: where it comes from and how it was judged."""
+    pulled, evaluated = run.result("pull"), run.result("evaluate")
+    return {
+        "model": run.settings.name,
+        "run": run.id,
+        "metrics": {system: evaluated["bleu"][system] for system in ("candidate", "champion")},
+        "lineage": {
+            "inputs": pulled["inputs"],
+            "dataset": pulled["dataset"],
+            "base_model": pulled["base_model"],
+            "champion": evaluated["champion"],
+            "code_version": run.config["code_version"],
+            "settings": run.config["settings"],
+        },
+    }

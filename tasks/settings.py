@@ -1,0 +1,236 @@
+"""Every setting of a pipeline, in one place.
+
+A file in `config/` is checked against `Settings`; so are the overrides of a triggered run. The same model gives the
+Airflow trigger form (`form_fields`), so the form, the file and the checks cannot drift apart. A setting's name is its
+path in the file: `training.epochs`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tasks.errors import SettingsError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown names are refused, and nothing changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """Where the sentence pairs come from."""
+
+    source: str = Field(description="Hub dataset (owner/name), local directory in the hub's layout, or s3:// mirror")
+    revision: str | None = Field(
+        None, description="Hub only: the commit to pull. Pinned, so that a run can be repeated"
+    )
+    pair: str = Field("en-es", pattern=r"^[a-z]{2,3}-[a-z]{2,3}$", description="Languages as SOURCE-TARGET")
+    max_train_rows: int | None = Field(None, ge=1, description="Use at most this many training pairs")
+    max_eval_rows: int | None = Field(None, ge=1, description="Use at most this many validation, and test, pairs")
+
+    @property
+    def name(self) -> str:
+        """The corpus's name in the object store: the last part of its source."""
+        return slug(self.source.rstrip("/").rsplit("/", 1)[-1])
+
+    @property
+    def languages(self) -> tuple[str, str]:
+        """Source and target language."""
+        source, target = self.pair.split("-")
+        return source, target
+
+
+class BaseModelSource(Section):
+    """The pretrained model that every run starts from."""
+
+    source: str = Field(description="Hub model (owner/name), local directory, or s3:// mirror")
+    revision: str | None = Field(
+        None, description="Hub only: the commit to pull. Pinned, so that a run can be repeated"
+    )
+
+    @property
+    def name(self) -> str:
+        """The model's name in the object store."""
+        return slug(self.source.rstrip("/").rsplit("/", 1)[-1])
+
+
+class Validation(Section):
+    """What the data must be like before anything is trained on it."""
+
+    min_train_rows: int = Field(1000, ge=1, description="Fewest usable training pairs")
+    min_eval_rows: int = Field(100, ge=1, description="Fewest usable validation, and test, pairs")
+    max_characters: int = Field(2000, ge=1, description="Longest sentence, in characters")
+    max_length_ratio: float = Field(
+        6,
+        ge=1,
+        description="Longest side over shortest side in characters, both plus ten so that short ones may differ",
+    )
+    max_quarantine: Fraction = Field(0.1, description="Largest share of a split's pairs that may be set aside")
+    max_unknown_rate: Fraction = Field(
+        0.01, description="Largest share of target tokens that the tokenizer cannot express"
+    )
+
+
+class Preprocessing(Section):
+    """How sentences become token ids."""
+
+    prompt: str = Field(description="Put in front of every source sentence")
+    max_tokens: int = Field(128, ge=8, le=1024, description="Longest sequence; what is longer is truncated and counted")
+
+
+class Training(Section):
+    """How the base model is fine-tuned."""
+
+    freeze: Literal["trunk"] = Field("trunk", description="trunk: embedding, encoder and decoder stay; lm_head learns")
+    epochs: int = Field(3, ge=1, le=100, description="Passes over the training pairs")
+    learning_rate: float = Field(3e-5, gt=0, le=10, description="Adam's step size")
+    batch_size: int = Field(64, ge=1, le=4096, description="Sentence pairs a step")
+    seed: int = Field(0, ge=0, description="Fixes the order of the data and everything random")
+
+
+class Evaluation(Section):
+    """How candidate and champion are compared."""
+
+    batch_size: int = Field(64, ge=1, le=4096, description="Sentences translated at once")
+    max_new_tokens: int = Field(128, ge=8, le=1024, description="Longest translation, in tokens")
+
+
+class Gate(Section):
+    """What a candidate must show to be promoted. A limit that is not set refuses."""
+
+    max_validation_loss: float | None = Field(None, gt=0, description="Highest loss per target token")
+    validation_loss_margin: float | None = Field(None, description="How far above the champion's the loss may be")
+    min_bleu: float | None = Field(None, ge=0, le=100, description="Lowest BLEU on the test split")
+    non_inferiority_margin: float | None = Field(None, ge=0, description="BLEU that may be lost against the champion")
+    min_gain: float | None = Field(None, description="BLEU that must be gained over the champion; 0 asks for any gain")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the paired bootstrap's statements")
+    bootstrap_samples: int = Field(1000, ge=100, le=100_000, description="Resamples of the test split")
+    min_length_ratio: float | None = Field(None, ge=0, description="Shortest output, relative to the references")
+    max_length_ratio: float | None = Field(None, ge=0, description="Longest output, relative to the references")
+    max_empty: Fraction | None = Field(None, description="Largest share of empty translations")
+    max_copied: Fraction | None = Field(None, description="Largest share of translations that repeat the source")
+    max_slice_loss: float | None = Field(None, ge=0, description="BLEU that any slice may lose against the champion")
+
+
+class Settings(Section):
+    """One pipeline: what it trains from what, how it is judged, and when it runs."""
+
+    name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", description="The model's name in the registry")
+    description: str = Field(description="One line for people")
+    schedule: str | None = Field(None, description="Cron expression (UTC), or none for manual runs only")
+    force: bool = Field(False, description="Train even when nothing has changed since production")
+    data: Data
+    base_model: BaseModelSource
+    validation: Validation = Validation()
+    preprocessing: Preprocessing
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    gate: Gate = Gate()
+
+    @model_validator(mode="after")
+    def _limits_fit_together(self) -> Settings:
+        low, high = self.gate.min_length_ratio, self.gate.max_length_ratio
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"gate.min_length_ratio ({low}) is above gate.max_length_ratio ({high})")
+        return self
+
+
+FIXED = ("name", "description", "schedule")  # a pipeline's identity: changed in its file, never for one run
+
+
+def load(path: Path, overrides: dict[str, Any] | None = None) -> Settings:
+    """Read a pipeline's file, with settings replaced by name (`{"training.epochs": 1}`).
+
+    Raises `SettingsError` that names each field that is unknown, missing or impossible, and says what was expected.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
+    for name, value in (overrides or {}).items():
+        if name in FIXED:
+            raise SettingsError(f"{path}: {name} is fixed by the file and cannot be changed for one run")
+        *sections, leaf = name.split(".")
+        target = content
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise SettingsError(f"{path}: {name} is not a setting: {section} is a value, not a section")
+        target[leaf] = value
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise SettingsError(f"{path}: {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """A validation error as one sentence: each field by its full name, what was wrong, and what was found."""
+    faults = []
+    for fault in error.errors():
+        name = ".".join(str(part) for part in fault["loc"]) or "settings"
+        found = "" if fault["type"] == "missing" or not fault["loc"] else f", found {fault['input']!r}"
+        message = "is not a setting" if fault["type"] == "extra_forbidden" else fault["msg"]
+        faults.append(f"{name}: {message}{found}")
+    return "; ".join(faults)
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+    """`NAME=VALUE` arguments as overrides; the value is read as JSON, or else taken as text."""
+    overrides = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {assignment!r}: expected NAME=VALUE, as in training.epochs=1")
+        try:
+            overrides[name] = json.loads(text)
+        except ValueError:
+            overrides[name] = text
+    return overrides
+
+
+def form_fields(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The settings that one run may change, by name, each as a JSON schema with the file's value as `default`.
+
+    `section` and `description` are there for the form that shows them.
+    """
+    fields: dict[str, dict[str, Any]] = {}
+    schema = Settings.model_json_schema()
+    values = settings.model_dump()
+    for name, field in schema["properties"].items():
+        if name in FIXED:
+            continue
+        section = schema["$defs"].get(field.get("$ref", "").rsplit("/", 1)[-1])
+        if section is None:
+            fields[name] = {**_form_schema(field), "default": values[name], "section": "Run"}
+            continue
+        for leaf, leaf_field in section["properties"].items():
+            fields[f"{name}.{leaf}"] = {
+                **_form_schema(leaf_field),
+                "default": values[name][leaf],
+                "section": name.replace("_", " ").capitalize(),
+            }
+    return fields
+
+
+def _form_schema(field: dict[str, Any]) -> dict[str, Any]:
+    """A field's schema as Airflow's form understands it: an optional value as a list of types, not as `anyOf`."""
+    schema = {key: value for key, value in field.items() if key not in {"anyOf", "default"}}
+    for option in field.get("anyOf", []):
+        if option != {"type": "null"}:
+            schema.update(option, type=[option["type"], "null"])
+    return schema
+
+
+def slug(text: str) -> str:
+    """A name safe in an object key and a file name."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in text.lower()).strip("-._") or "unnamed"

@@ -1,0 +1,207 @@
+"""The DAGs as Airflow reads them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pendulum
+import pytest
+from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk import DAG, Asset
+from airflow.serialization.serialized_objects import DagSerialization
+from airflow.timetables.base import TimeRestriction
+from airflow.timetables.trigger import CronTriggerTimetable
+
+from tasks.errors import SettingsError
+from tasks.settings import form_fields, load
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ["tensorflow", "transformers", "pandas", "numpy", "great_expectations", "datasets", "boto3", "kubernetes"]
+WORK = ["configure", "pull", "validate", "preprocess", "train", "evaluate", "gate", "promote", "reject"]
+
+
+@pytest.fixture
+def bag() -> DagBag:
+    """Everything in dags/."""
+    return DagBag(ROOT / "dags")
+
+
+@pytest.fixture
+def demo(bag: DagBag) -> DAG:
+    """The demo's DAG."""
+    return bag.dags["retrain_demo"]
+
+
+def test_each_file_in_config_is_a_dag(bag: DagBag) -> None:
+    assert bag.import_errors == {}
+    names = {load(file).name for file in (ROOT / "config").glob("*.yaml")}
+    assert set(bag.dags) == {"retrain_" + name.replace("-", "_") for name in names}
+
+
+def test_flow(demo: DAG) -> None:
+    def after(task: str) -> set[str]:
+        return demo.get_task(task).downstream_task_ids
+
+    chain = ["configure", "pull", "changed"]
+    assert [after(task) for task in chain[:-1]] == [{task} for task in chain[1:]]
+    assert after("changed") == {"validate", "unchanged"}
+    chain = ["validate", "preprocess", "train", "evaluate", "gate", "decision"]
+    assert [after(task) for task in chain[:-1]] == [{task} for task in chain[1:]]
+    assert after("decision") == {"promote", "reject"}
+    assert after("promote") == after("reject") == after("unchanged") == {"report"}
+    assert after("report") == set()
+
+
+def test_report_runs_whatever_happens_and_does_not_decide_the_outcome(demo: DAG) -> None:
+    report = demo.get_task("report")
+    assert report.is_teardown
+    assert not report.on_failure_fail_dagrun
+    assert report.trigger_rule == "all_done_setup_success"
+
+
+def test_params_are_the_settings(demo: DAG) -> None:
+    fields = form_fields(load(ROOT / "config" / "demo.yaml"))
+    assert set(demo.params) == set(fields)
+    for name, field in fields.items():
+        param = demo.params.get_param(name)
+        assert param.value == field["default"]
+        assert param.description == field.get("description")
+        assert param.schema["section"] == field["section"]
+
+
+def test_params_refuse_what_the_settings_refuse(demo: DAG) -> None:
+    from airflow.sdk.exceptions import ParamValidationError
+
+    for name, value in {"training.epochs": 0, "training.learning_rate": "fast", "gate.max_empty": 2}.items():
+        with pytest.raises(ParamValidationError):
+            demo.params.get_param(name).resolve(value)
+
+
+def test_tasks_are_retried_limited_and_explained(bag: DagBag) -> None:
+    for dag in bag.dags.values():
+        assert dag.doc_md
+        assert not dag.catchup
+        assert dag.max_active_runs == 1
+        for name in [*WORK, "report"]:
+            task = dag.get_task(name)
+            assert task.retries > 0
+            assert task.retry_exponential_backoff == 2
+            assert task.execution_timeout
+            assert f"python -m tasks {name}" in task.doc_md
+            assert task.task_display_name != name
+
+
+def test_only_promote_announces_the_model(demo: DAG) -> None:
+    outlets = {task.task_id: task.outlets for task in demo.tasks if task.outlets}
+    assert set(outlets) == {"promote"}
+    (asset,) = outlets["promote"]
+    assert isinstance(asset, Asset)
+    assert asset.uri == "s3://retrain/models/demo/production.json"
+
+
+def test_switching_a_dag_on_starts_no_run_for_a_time_gone_by(demo: DAG, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default a weekly DAG that is switched on within 17 hours of its time starts at once."""
+    an_hour_late = pendulum.datetime(2026, 11, 23, 5, tz="UTC")  # a Monday; the demo's time is four o'clock
+    monkeypatch.setattr("airflow.timetables.trigger.utcnow", lambda: an_hour_late)
+    timetable = DagSerialization.deserialize_dag(DagSerialization.serialize_dag(demo)).timetable
+    assert isinstance(timetable, CronTriggerTimetable)
+    info = timetable.next_dagrun_info_v2(last_dagrun_info=None, restriction=TimeRestriction(None, None, catchup=False))
+    assert info
+    assert info.run_after == pendulum.datetime(2026, 11, 30, 4, tz="UTC")
+
+
+def test_dags_survive_serialization(bag: DagBag) -> None:
+    """What the scheduler and the UI work with; it must be small and without code."""
+    for dag in bag.dags.values():
+        again = DagSerialization.deserialize_dag(DagSerialization.serialize_dag(dag))
+        assert set(again.task_dict) == set(dag.task_dict)
+
+
+def test_dag_files_import_nothing_heavy() -> None:
+    """Reading a DAG file happens every half minute and before every task, in the scheduler's own processes."""
+    program = f"""
+import runpy, sys
+import airflow.sdk, airflow.providers.standard.operators.empty  # what Airflow itself brings is not the file's fault
+before = set(sys.modules)
+for file in ("retrain", "unusable_pipelines"):
+    runpy.run_path(f"dags/{{file}}.py")
+print(*[name for name in {HEAVY} if name in set(sys.modules) - before])
+"""
+    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == []
+
+
+@pytest.fixture
+def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of pipelines with the demo's in it."""
+    (tmp_path / "good.yaml").write_text((ROOT / "config" / "demo.yaml").read_text())
+    monkeypatch.setenv("RETRAIN_CONFIG", str(tmp_path))
+    return tmp_path
+
+
+def test_broken_file_is_an_import_error_and_the_others_stay(configs: Path) -> None:
+    text = (configs / "good.yaml").read_text()
+    (configs / "broken.yaml").write_text(
+        text.replace("name: demo", "name: broken").replace("epochs: 4", "epochs: many")
+    )
+    (configs / "torn.yaml").write_text("name: [")
+    bag = DagBag(ROOT / "dags")
+    assert set(bag.dags) == {"retrain_demo"}
+    ((file, error),) = bag.import_errors.items()
+    assert file.endswith("unusable_pipelines.py")
+    assert "broken.yaml: training.epochs: " in error
+    assert "found 'many'" in error
+    assert "torn.yaml: cannot be read as YAML" in error
+
+
+def test_two_files_with_one_name_are_an_import_error(configs: Path) -> None:
+    (configs / "second.yaml").write_text((configs / "good.yaml").read_text())
+    bag = DagBag(ROOT / "dags")
+    assert set(bag.dags) == {"retrain_demo"}
+    assert "second.yaml: name: 'demo' is taken by" in next(iter(bag.import_errors.values()))
+
+
+def test_schedule_that_is_none_is_an_import_error(configs: Path) -> None:
+    text = (configs / "good.yaml").read_text().replace("name: demo", "name: late")
+    (configs / "late.yaml").write_text(re.sub("schedule: .*", "schedule: every monday", text))
+    bag = DagBag(ROOT / "dags")
+    assert set(bag.dags) == {"retrain_demo"}
+    assert "late.yaml: schedule: expected a cron expression" in next(iter(bag.import_errors.values()))
+
+
+def test_no_file_at_all_is_an_import_error(configs: Path) -> None:
+    (configs / "good.yaml").unlink()
+    bag = DagBag(ROOT / "dags")
+    assert "has no pipeline" in next(iter(bag.import_errors.values()))
+
+
+@pytest.mark.parametrize("runner", ["", "docker"])
+def test_missing_or_unknown_runner_is_an_import_error(runner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETRAIN_RUNNER", runner)
+    (error,) = DagBag(ROOT / "dags").import_errors.values()
+    assert f"RETRAIN_RUNNER is '{runner}': set it" in error
+
+
+def test_the_same_dag_runs_in_pods(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RUNNER": "kubernetes", "IMAGE": "registry/trainer:1", "NAMESPACE": "ml"}.items():
+        monkeypatch.setenv(f"RETRAIN_{name}", value)
+    bag = DagBag(ROOT / "dags")
+    assert bag.import_errors == {}
+    dag = bag.dags["retrain_en_es"]
+    with_gpu = {task.task_id for task in dag.tasks if getattr(task, "container_resources", None)}
+    assert with_gpu == {"train", "evaluate"}
+    DagSerialization.serialize_dag(dag)
+
+
+@pytest.mark.parametrize("missing", ["RETRAIN_IMAGE", "RETRAIN_NAMESPACE"])
+def test_pods_need_an_image_and_a_namespace(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from plugins.retrain_operator import step_operator
+
+    for name, value in {"RUNNER": "kubernetes", "IMAGE": "registry/trainer:1", "NAMESPACE": "ml"}.items():
+        monkeypatch.setenv(f"RETRAIN_{name}", value)
+    monkeypatch.delenv(missing)
+    with pytest.raises(SettingsError, match=f"{missing} is not set"):
+        step_operator("train", run_uri="s3://b/runs/r")

@@ -1,0 +1,334 @@
+"""The operators that run a step: the command, the outcome, and the end of a step that is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+from airflow.sdk import Asset
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
+from hypothesis import given
+from hypothesis import strategies as st
+from kubernetes.client import models as k8s
+
+from plugins.pipelines import run_id
+from plugins.retrain_operator import LocalStep, changed_settings, report_result, step_arguments, step_environment
+from tasks.errors import DataError, SettingsError
+from tasks.run import Run
+from tasks.storage import Store
+
+PIPELINES = st.from_regex(r"[a-z0-9]+(-[a-z0-9]+)*", fullmatch=True)
+
+
+# The name of a run
+
+
+@given(PIPELINES, st.text())
+def test_a_run_has_one_name_that_is_safe_in_a_key(pipeline: str, dag_run_id: str) -> None:
+    name = run_id(pipeline, dag_run_id)
+    assert name == run_id(pipeline, dag_run_id)
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)
+    assert name.startswith(pipeline)
+    assert len(name) < len(pipeline) + 120
+
+
+@given(st.lists(st.tuples(PIPELINES, st.text()), min_size=2, unique=True))
+def test_two_runs_never_share_a_name(runs: list[tuple[str, str]]) -> None:
+    assert len({run_id(*run) for run in runs}) == len(runs)
+
+
+def test_names_of_runs_that_look_alike() -> None:
+    alike = [
+        "manual__2026-11-24T03:28:29+00:00",
+        "manual__2026-11-24T03-28-29-00-00",
+        "manual__2026-11-24T03:28:29-00:00",
+    ]
+    names = {run_id("demo", each) for each in alike}
+    assert len(names) == 3
+    assert all(name.startswith("demo-manual__2026-11-24T03-28-29-00-00-") for name in names)
+
+
+# The command
+
+
+def context(params: dict[str, Any] | None = None, defaults: dict[str, Any] | None = None) -> Any:
+    """What Airflow hands to an operator, as far as a step looks at it."""
+    return {"params": params or {}, "dag": SimpleNamespace(params=defaults or {}), "outlet_events": OutletEvents()}
+
+
+class OutletEvents(dict[Any, Any]):
+    """Airflow's accessor makes an entry for each asset that is asked for."""
+
+    def __missing__(self, asset: Any) -> Any:
+        self[asset] = SimpleNamespace(extra={})
+        return self[asset]
+
+
+def test_configure_is_told_the_file_and_the_changes() -> None:
+    arguments = step_arguments(
+        "configure",
+        "s3://b/runs/r",
+        "config/demo.yaml",
+        context({"training.epochs": 1, "data.revision": None, "force": False}, {"training.epochs": 3, "force": False}),
+    )
+    assert arguments == [
+        *["configure", "--run", "s3://b/runs/r", "--pipeline", "config/demo.yaml"],
+        *["--set", "training.epochs=1", "--set", "data.revision=null"],
+    ]
+
+
+def test_other_steps_read_the_settings_from_the_run() -> None:
+    assert step_arguments("train", "s3://b/runs/r", None, context({"force": True})) == [
+        "train",
+        "--run",
+        "s3://b/runs/r",
+    ]
+
+
+def test_a_setting_that_nobody_knows_is_passed_on_to_be_refused() -> None:
+    assert changed_settings({"trianing.epochs": 1}, {"training.epochs": 3}) == {"trianing.epochs": 1}
+
+
+def test_steps_do_not_see_airflows_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRFLOW__CORE__FERNET_KEY", "secret")
+    monkeypatch.setenv("_AIRFLOW_PROCESS_CONTEXT", "client")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "needed")
+    environment = step_environment()
+    assert not [name for name in environment if "AIRFLOW" in name]
+    assert environment["AWS_ACCESS_KEY_ID"] == "needed"
+
+
+# The outcome, with real steps
+
+
+def local(step: str, uri: str, **kwargs: Any) -> LocalStep:
+    return LocalStep(task_id=step, step=step, run_uri=uri, **kwargs)
+
+
+def test_a_step_that_succeeds_returns_its_result(store: Store) -> None:
+    uri = f"s3://{store.bucket}/runs/r"
+    model = Asset(name="model", uri="s3://b/models/m/production.json")
+    surroundings = context({"training.epochs": 2})
+    result = local("configure", uri, pipeline_file="config/demo.yaml", outlets=[model]).execute(surroundings)
+    assert result == store.get_json("runs/r/results/configure.json")
+    assert store.get_json("runs/r/config.json")["settings"]["training"]["epochs"] == 2
+    assert surroundings["outlet_events"][model].extra == {"run": uri, **result}
+    json.dumps(result)
+
+
+def test_bad_settings_are_not_tried_again(store: Store) -> None:
+    operator = local("configure", f"s3://{store.bucket}/runs/r", pipeline_file="config/demo.yaml")
+    with pytest.raises(AirflowFailException, match=r"^configure: config/demo.yaml: training.epochs: .*found 'many'$"):
+        operator.execute(context({"training.epochs": "many"}))
+    with pytest.raises(AirflowFailException, match="trianing: is not a setting"):
+        operator.execute(context({"trianing.epochs": 1}))
+
+
+def test_a_step_out_of_order_says_which_is_missing(store: Store) -> None:
+    with pytest.raises(AirflowFailException, match="has no result of the gate step: run it first"):
+        local("reject", f"s3://{store.bucket}/runs/never").execute(context())
+
+
+def test_a_command_line_that_is_refused_is_not_tried_again() -> None:
+    with pytest.raises(AirflowFailException, match=r"nonsense: .*invalid choice"):
+        local("nonsense", "s3://b/runs/r").execute(context())
+
+
+@pytest.mark.parametrize(
+    ("code", "retried"), [(1, True), (75, True), (137, True), (2, False), (65, False), (78, False)]
+)
+def test_which_exit_codes_are_tried_again(code: int, retried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalStep, "_run", lambda *_: (code, "the last line"))
+    with pytest.raises(AirflowException, match="the last line") as caught:
+        local("train", "s3://b/runs/r").execute(context())
+    assert isinstance(caught.value, AirflowFailException) is not retried
+
+
+def test_a_step_that_was_killed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalStep, "_run", lambda *_: (-signal.SIGKILL, ""))
+    with pytest.raises(AirflowException, match="train was stopped by SIGKILL: the machine may have run out of memory"):
+        local("train", "s3://b/runs/r").execute(context())
+
+
+# The process, with real processes
+
+
+def python(program: str) -> list[str]:
+    return [sys.executable, "-c", program]
+
+
+def test_output_reaches_the_log_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[tuple[float, str]] = []
+    log = SimpleNamespace(info=lambda form, *values: lines.append((time.monotonic(), form % values)))
+    monkeypatch.setattr(LocalStep, "log", log)
+    program = r"""
+import sys, time
+print("one")
+time.sleep(1)
+print("two", file=sys.stderr)
+sys.stdout.buffer.write(b"\xff 100%")
+"""
+    assert local("train", "s3://b/runs/r")._run(python(program), str(tmp_path)) == (0, "\ufffd 100%")
+    assert [line for _, line in lines] == ["one", "two", "\ufffd 100%"]
+    assert lines[1][0] - lines[0][0] > 0.8
+
+
+def running(pattern: str) -> list[psutil.Process]:
+    """The processes with this on their command line."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if pattern in " ".join(process.info["cmdline"] or []) and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+FAMILY = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_{parent})
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_{child}); time.sleep(99)  # {mark}"
+subprocess.Popen([sys.executable, "-c", child])
+time.sleep({seconds})  # {mark}
+"""
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_stopping_a_task_ends_the_step_and_its_children(stubborn: bool, tmp_path: Path) -> None:
+    mark = f"stopped-{os.getpid()}-{stubborn}"
+    reaction = "IGN" if stubborn else "DFL"
+    program = FAMILY.format(parent=reaction, child=reaction, mark=mark, seconds=99)
+    operator = local("train", "s3://b/runs/r")
+    outcome: list[tuple[int, str]] = []
+    thread = threading.Thread(target=lambda: outcome.append(operator._run(python(program), str(tmp_path))))
+    thread.start()
+    wait_for(lambda: len(running(mark)) == 2)
+    time.sleep(0.3)
+    started = time.monotonic()
+    operator.on_kill()
+    thread.join(5)
+    assert time.monotonic() - started < 4.5  # Airflow kills the task itself after five seconds
+    assert outcome[0][0] == -(signal.SIGKILL if stubborn else signal.SIGTERM)
+    wait_for(lambda: not running(mark), 2)
+
+
+def test_a_child_that_outlives_the_step_does_not_hold_the_task(tmp_path: Path) -> None:
+    mark = f"orphan-{os.getpid()}"
+    program = FAMILY.format(parent="DFL", child="IGN", mark=mark, seconds=0.5)
+    started = time.monotonic()
+    code, _ = local("train", "s3://b/runs/r")._run(python(program), str(tmp_path))
+    assert code == 0
+    assert time.monotonic() - started < 5
+    wait_for(lambda: not running(mark), 2)
+
+
+def test_a_timeout_ends_the_step(tmp_path: Path) -> None:
+    """Airflow raises in the middle of `execute`, then calls `on_kill`."""
+    mark = f"timeout-{os.getpid()}"
+    operator = local("train", "s3://b/runs/r")
+
+    def expire(*_: Any) -> None:
+        raise AirflowTaskTimeout
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        with pytest.raises(AirflowTaskTimeout):
+            operator._run(python(f"import time; time.sleep(99)  # {mark}"), str(tmp_path))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    operator.on_kill()
+    wait_for(lambda: not running(mark), 5)
+
+
+def test_stopping_before_anything_has_started_is_no_error() -> None:
+    local("train", "s3://b/runs/r").on_kill()
+
+
+# The pod
+
+
+@pytest.fixture
+def pod_step(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The operator of a step in a pod, as the DAG makes it."""
+    from plugins.retrain_operator import step_operator
+
+    for name, value in {"RUNNER": "kubernetes", "IMAGE": "registry/trainer:1", "NAMESPACE": "ml"}.items():
+        monkeypatch.setenv(f"RETRAIN_{name}", value)
+    return step_operator("train", run_uri="s3://b/runs/r", gpu=True)
+
+
+def test_a_pod_runs_the_same_command_with_few_rights(pod_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(pod_step), "_get_ti_pod_labels", lambda *_, **__: {})
+    pod_step.name = "retrain-train"
+    pod = pod_step.build_pod_request_obj(context(), dry_run=True)
+    (container,) = pod.spec.containers
+    assert [*container.command, *container.args] == ["python", "-m", "tasks", "train", "--run", "s3://b/runs/r"]
+    assert container.image == "registry/trainer:1"
+    assert container.resources.limits == {"nvidia.com/gpu": "1"}
+    assert container.env_from[0].secret_ref.name == "retrain-store"
+    assert container.termination_message_policy == "FallbackToLogsOnError"
+    assert container.security_context.allow_privilege_escalation is False
+    assert container.security_context.capabilities.drop == ["ALL"]
+    assert pod.spec.security_context.run_as_non_root
+    assert pod.spec.security_context.seccomp_profile.type == "RuntimeDefault"
+    assert pod.spec.automount_service_account_token is False
+    assert pod.metadata.namespace == "ml"
+    assert not pod_step.do_xcom_push
+    assert pod_step.durable
+
+
+def ended(code: int, message: str) -> k8s.V1Pod:
+    """A pod whose container ended with an exit code and a termination message."""
+    state = k8s.V1ContainerState(terminated=k8s.V1ContainerStateTerminated(exit_code=code, message=message))
+    status = k8s.V1ContainerStatus(name="base", state=state, image="i", image_id="i", ready=False, restart_count=0)
+    return k8s.V1Pod(
+        metadata=k8s.V1ObjectMeta(name="p", namespace="ml"),
+        spec=k8s.V1PodSpec(containers=[k8s.V1Container(name="base")]),
+        status=k8s.V1PodStatus(phase="Failed", container_statuses=[status]),
+    )
+
+
+@pytest.mark.parametrize(("code", "retried"), [(1, True), (75, True), (137, True), (65, False), (78, False)])
+def test_a_pods_exit_code_says_whether_to_try_again(
+    code: int, retried: bool, pod_step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("process_pod_deletion", "patch_already_checked", "is_istio_enabled"):
+        monkeypatch.setattr(pod_step, name, lambda *_, **__: None)
+    pod = ended(code, "training.epochs: must be a number")
+    with pytest.raises(AirflowException, match=r"training\.epochs: must be a number") as caught:
+        pod_step.cleanup(pod, pod)
+    assert isinstance(caught.value, AirflowFailException) is not retried
+
+
+@pytest.mark.parametrize(("variable", "value"), [("RETRAIN_DEFERRABLE", "perhaps")])
+def test_a_switch_is_true_or_false(variable: str, value: str, pod_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from plugins.retrain_operator import step_operator
+
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=f"{variable} is '{value}': expected true or false"):
+        step_operator("train", run_uri="s3://b/runs/r")
+
+
+def test_a_result_that_is_not_there_is_an_error(store: Store) -> None:
+    operator = SimpleNamespace(run_uri=f"s3://{store.bucket}/runs/r", step="train", outlets=[])
+    with pytest.raises(DataError, match="has no result of the train step"):
+        report_result(operator, context())
+    Run.at(operator.run_uri).save_result("train", {"summary": "done"})
+    assert report_result(operator, context()) == {"summary": "done"}
