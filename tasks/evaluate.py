@@ -42,15 +42,13 @@ def run(run: Run) -> dict[str, Any]:
     """Translate, score, and keep every sentence, so that each number can be recomputed without a model."""
     settings = run.settings
     trained = run.result("train")
-    pointer = registry.read_pointer(run.store, settings.name)
+    champion = registry.champion_of(run.store, settings.name, run.id)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         data = fetch_prepared(run, scratch)
-        if pointer:
-            champion = pointer.version
+        if champion:
             registry.pull(run.store, settings.name, champion, scratch / "champion")
         else:
-            champion = None
             artifacts.fetch(run.store, run.result("pull")["base_model"], scratch / "champion")
         artifacts.fetch(run.store, trained["candidate"], scratch / "candidate")
 

@@ -21,7 +21,6 @@ from tasks import artifacts, registry
 from tasks.artifacts import MANIFEST
 from tasks.errors import DataError
 from tasks.run import Run
-from tasks.train import CANDIDATE
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -31,8 +30,8 @@ def run(run: Run) -> dict[str, Any]:
         raise DataError(f"the gate of {run.uri} decided {gate['decision']!r}: nothing to promote")
     name = run.settings.name
     with tempfile.TemporaryDirectory() as scratch:
-        candidate = Path(scratch) / CANDIDATE
-        fingerprint = artifacts.fetch(run.store, run.key(CANDIDATE), candidate).fingerprint
+        candidate = Path(scratch) / "candidate"
+        fingerprint = artifacts.fetch(run.store, run.result("train")["candidate"], candidate).fingerprint
         version = f"{run.config['created'][:10]}-{fingerprint[:10]}"
         prefix = registry.version_prefix(name, version)
         if not run.store.exists(f"{prefix}/{MANIFEST}"):

@@ -46,8 +46,9 @@ def run(run: Run) -> dict[str, Any]:
         dataset, rows = pull_dataset(run.store, settings.data, Path(scratch))
         base_model = pull_base_model(run.store, settings, Path(scratch))
     inputs = fingerprint_inputs(settings, dataset, base_model)
-    production = registry.production_manifest(run.store, settings.name)
-    changed = settings.force or production is None or production.metadata["lineage"]["inputs"] != inputs
+    champion = registry.champion_of(run.store, settings.name, run.id)
+    before = registry.manifest(run.store, settings.name, champion).metadata["lineage"]["inputs"] if champion else None
+    changed = settings.force or inputs != before
     what = "training goes on" if changed else "nothing has changed since production: the run ends here"
     return {
         "summary": f"{sum(rows.values()):,} pairs in {dataset}; {what}",

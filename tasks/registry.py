@@ -107,9 +107,21 @@ def manifest(store: Store, model: str, version: str) -> Manifest:
         raise DataError(f"{model} has no version {version!r}") from error
 
 
-def production_manifest(store: Store, model: str) -> Manifest | None:
-    """The manifest of the version in production, or None where nothing has been promoted."""
-    return manifest(store, model, PRODUCTION) if read_pointer(store, model) else None
+def read_event(store: Store, model: str, number: int) -> Event:
+    """One event of the history."""
+    return Event(**store.get_json(event_key(model, number)))
+
+
+def champion_of(store: Store, model: str, run_id: str) -> str | None:
+    """The version that a run has to beat, or None where nothing has been promoted.
+
+    That is production; but where the run itself put it there, and is looked at again, what stood there before.
+    """
+    pointer = read_pointer(store, model)
+    if pointer is None:
+        return None
+    event = read_event(store, model, pointer.event)
+    return event.before if event.who == run_id else pointer.version
 
 
 def pull(store: Store, model: str, version: str, directory: Path) -> str:
@@ -140,7 +152,7 @@ def move(store: Store, model: str, version: str, *, expected: str | None, who: s
         if pointer and mine and pointer.event >= mine.number:
             return mine
         if pointer and current == version:
-            return Event(**store.get_json(event_key(model, pointer.event)))
+            return read_event(store, model, pointer.event)
         if current != expected:
             raise ProductionMovedError(
                 f"production of {model} is {current}, not {expected} with which the candidate was compared: "
@@ -152,7 +164,7 @@ def move(store: Store, model: str, version: str, *, expected: str | None, who: s
             store.put_json(event_key(model, number), asdict(event), if_absent=True)
             mine = event
         except ConflictError:  # another writer's event, perhaps of one that died here: its move comes first
-            event = Event(**store.get_json(event_key(model, number)))
+            event = read_event(store, model, number)
         with contextlib.suppress(ConflictError):  # lost: another writer finished this same event
             _write_pointer(store, model, event, pointer)
 

@@ -24,9 +24,9 @@ from markupsafe import Markup, escape
 
 from tasks import plots
 from tasks.__main__ import STEPS
+from tasks.rules import RULES
 from tasks.run import Run
 from tasks.storage import MissingObjectError
-from tasks.validate import RULES
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from croniter import croniter
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tasks.errors import SettingsError
 
@@ -135,6 +136,13 @@ class Settings(Section):
     evaluation: Evaluation = Evaluation()
     gate: Gate = Gate()
 
+    @field_validator("schedule")
+    @classmethod
+    def _is_cron(cls, schedule: str | None) -> str | None:
+        if schedule is not None and not croniter.is_valid(schedule):
+            raise ValueError("expected a cron expression, as '0 4 * * 1'")
+        return schedule
+
     @model_validator(mode="after")
     def _limits_fit_together(self) -> Settings:
         low, high = self.gate.min_length_ratio, self.gate.max_length_ratio
@@ -166,6 +174,8 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Settings:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise SettingsError(f"{path}: {name} is not a setting: {section} is a value, not a section")
+        if isinstance(value, dict):
+            raise SettingsError(f"{path}: {name} is a section: name one of its settings, as in training.epochs=1")
         target[leaf] = value
     try:
         return Settings.model_validate(content)

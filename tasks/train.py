@@ -83,7 +83,7 @@ def fit(model: Any, train: Dataset, validation: Dataset, settings: Training) -> 
     """Train the model's trainable variables and leave it at its best epoch.
 
     Returns a row an epoch, epoch 0 being the untrained model: `epoch`, `training_loss` (None for epoch 0),
-    `validation_loss`, both per target token, and `seconds`. Frozen layers run without dropout.
+    `validation_loss`, both per target token. Frozen layers run without dropout.
     """
     tf.keras.utils.set_random_seed(settings.seed)
     optimizer = tf.keras.optimizers.Adam(settings.learning_rate)
@@ -106,12 +106,8 @@ def fit(model: Any, train: Dataset, validation: Dataset, settings: Training) -> 
         seconds = round(time.monotonic() - started, 1)
         shown = "   -  " if training_loss is None else f"{training_loss:.4f}"
         log.info("epoch %s: training loss %s, validation loss %.4f, %.1f s", epoch, shown, validation_loss, seconds)
-        return {
-            "epoch": epoch,
-            "training_loss": training_loss,
-            "validation_loss": validation_loss,
-            "seconds": seconds,
-        }
+        # No times here: the same training must give the same files, and so the same version.
+        return {"epoch": epoch, "training_loss": training_loss, "validation_loss": validation_loss}
 
     rows = [row(0, None, time.monotonic())]
     for epoch in range(1, settings.epochs + 1):
