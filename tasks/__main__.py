@@ -3,6 +3,7 @@
     python -m tasks configure --run s3://retrain/runs/try --pipeline config/demo.yaml --set training.epochs=1
     python -m tasks pull --run s3://retrain/runs/try
     python -m tasks models pull demo --to ./model
+    python -m tasks mirror google/flan-t5-base --kind model --revision 7bcac57 --to s3://retrain/mirrors/flan-t5-base
 
 A step reads its inputs from the object store, writes its outputs there, and is safe to run again. Exit codes: 0 done,
 65 the data or model is not fit, 78 a setting is wrong or refused, 75 try again later, 1 anything else.
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import tasks
-from tasks import settings
+from tasks import registry, settings
 from tasks.errors import StepError
 from tasks.run import Run
 from tasks.storage import Store
@@ -94,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
         if name == "pull":
             command.add_argument("--version", default="production", help="a version, or production")
             command.add_argument("--to", required=True, type=Path, help="the directory to make")
+
+    mirror = commands.add_parser("mirror", help="copy a dataset or a base model into the object store, once")
+    mirror.add_argument("source", help="a hub name (owner/name), a local directory or another mirror")
+    mirror.add_argument("--kind", required=True, choices=("dataset", "model"))
+    mirror.add_argument("--revision", help="hub only: the commit to copy")
+    mirror.add_argument("--to", required=True, metavar="URI", help="s3://BUCKET/PREFIX")
+    mirror.set_defaults(command=_mirror)
     return parser
 
 
@@ -118,8 +126,6 @@ def _list_settings(arguments: argparse.Namespace) -> None:
 
 
 def _models(arguments: argparse.Namespace) -> None:
-    from tasks import registry
-
     store = Store(arguments.bucket)
     if arguments.action == "list":
         production = registry.read_pointer(store, arguments.model)
@@ -132,6 +138,12 @@ def _models(arguments: argparse.Namespace) -> None:
         return
     version = registry.pull(store, arguments.model, arguments.version, arguments.to)
     print(f"{arguments.model} {version} is in {arguments.to}, every file verified")
+
+
+def _mirror(arguments: argparse.Namespace) -> None:
+    sources = importlib.import_module("tasks.sources")  # the hub's client takes a second to import
+    manifest = sources.mirror(arguments.source, arguments.revision, arguments.kind, arguments.to)
+    print(f"{len(manifest.files)} files, {manifest.size:,} bytes are in {arguments.to}: use it as a source")
 
 
 def _say_why(reason: str) -> None:

@@ -2,7 +2,7 @@
 
 An artifact is some files and a manifest that names each with its size and SHA-256. The manifest is written last, so a
 prefix without one is an upload that never finished; and a directory appears locally under its own name only when every
-file has been checked against it. Datasets, prepared data, base models, candidates and published versions are all kept so.
+file has been checked against it. Datasets, prepared data, base models, candidates and versions are all kept so.
 
     PREFIX/<files>
     PREFIX/manifest.json      {"files": [{"path", "size", "sha256"}, ...], ...metadata}

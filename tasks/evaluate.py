@@ -3,7 +3,7 @@
     python -m tasks evaluate --run s3://retrain/runs/RUN_ID
 
 Reads    runs/RUN_ID/candidate/, prepared/FINGERPRINT/, the production version (or else the base model)
-Writes   runs/RUN_ID/evaluation/translations.parquet   source, reference, champion, candidate; statistics of each sentence
+Writes   runs/RUN_ID/evaluation/translations.parquet   each sentence: texts and BLEU statistics
          runs/RUN_ID/evaluation/metrics.json           what the gate reads
 Result   BLEU of both
 
@@ -71,8 +71,9 @@ def run(run: Run) -> dict[str, Any]:
         run.store.put_json(run.key("evaluation", "metrics.json"), metrics)
     bleu = {system: metrics[system]["bleu"]["score"] for system in SYSTEMS}
     against = f"version {champion}" if champion else "the base model"
+    gained = f"BLEU {bleu['candidate']:.2f} against {bleu['champion']:.2f} of {against}"
     return {
-        "summary": f"BLEU {bleu['candidate']:.2f} against {bleu['champion']:.2f} of {against}, {len(table):,} sentences",
+        "summary": f"{gained}, {len(table):,} sentences",
         "champion": champion,
         "bleu": bleu,
         "validation_loss": losses,

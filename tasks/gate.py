@@ -12,6 +12,7 @@ Every check must pass. A metric that is missing or not a number refuses, and so 
 from __future__ import annotations
 
 import math
+import operator
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -148,7 +149,8 @@ def check_all(metrics: dict[str, Any], bleu: dict[str, np.ndarray], limits: Gate
             "worst slice",
             change,
             negative(limits.max_slice_loss),
-            f"Sentences {worst} fare worst: BLEU changes by {{observed:+.2f}}, {{verdict}} the {{required:+g}} allowed.",
+            f"Sentences {worst} fare worst: BLEU changes by "
+            "{observed:+.2f}, {verdict} the {required:+g} allowed.",
         ),
         at_most(
             "stored model reproduces its loss",
@@ -161,20 +163,21 @@ def check_all(metrics: dict[str, Any], bleu: dict[str, np.ndarray], limits: Gate
 
 def at_most(name: str, observed: float | None, limit: float | None, sentence: str) -> Check:
     """A check that holds when the observed value is not above its limit."""
-    return _compare(name, observed, limit, "<=", sentence, lambda seen, allowed: seen <= allowed, ("within", "above"))
+    return _compare(name, observed, limit, sentence, sign="<=", holds=operator.le, verdicts=("within", "above"))
 
 
 def at_least(name: str, observed: float | None, limit: float | None, sentence: str) -> Check:
     """A check that holds when the observed value is not below its limit."""
-    return _compare(name, observed, limit, ">=", sentence, lambda seen, allowed: seen >= allowed, ("at least", "below"))
+    return _compare(name, observed, limit, sentence, sign=">=", holds=operator.ge, verdicts=("at least", "below"))
 
 
 def _compare(
     name: str,
     observed: float | None,
     limit: float | None,
-    sign: str,
     sentence: str,
+    *,
+    sign: str,
     holds: Callable[[float, float], bool],
     verdicts: tuple[str, str],
 ) -> Check:

@@ -1,9 +1,9 @@
 """T5 models on disk and in TensorFlow: read, write, freeze, translate.
 
-On disk a model is a standard `from_pretrained` directory with safetensors in PyTorch's names and layout, because that is
-what the hub has and what most services load. TensorFlow's own `save_pretrained` writes TensorFlow names, which PyTorch
-loads as random weights with no more than a warning; so both directions are done here, and neither accepts a missing or
-an unexpected tensor.
+On disk a model is a standard `from_pretrained` directory with safetensors in PyTorch's names and layout, because that
+is what the hub has and what most services load. TensorFlow's own `save_pretrained` writes TensorFlow names, which
+PyTorch loads as random weights with no more than a warning; so both directions are done here, and neither accepts a
+missing or an unexpected tensor.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _read_weights(directory: Path) -> dict[str, np.ndarray]:
 
 
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Write a `from_pretrained` directory that PyTorch and TensorFlow both load: float32, PyTorch's names and layout."""
+    """Write a `from_pretrained` directory that PyTorch and TensorFlow load: float32, PyTorch's names and layout."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {}
     for variable in model.weights:
@@ -102,7 +102,8 @@ def freeze_trunk(model: Any) -> None:
     """
     if model.config.tie_word_embeddings:
         raise DataError(
-            "freeze: trunk needs a model whose lm_head has weights of its own (tie_word_embeddings: false), as FLAN-T5 has"
+            "training.freeze: trunk needs a model whose lm_head has weights of its own "
+            "(tie_word_embeddings: false), as FLAN-T5 has"
         )
     for layer in model.layers[:3]:
         layer.trainable = False

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 CANDIDATE, CHAMPION, INK = "#2a78d6", "#e07b39", "#8a8f98"
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "retrain",  # the same plot gives the same bytes
     "font.family": "sans-serif",

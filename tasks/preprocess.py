@@ -72,7 +72,7 @@ def run(run: Run) -> dict[str, Any]:
 
 
 def tokenise(texts: pd.DataFrame, tokenizer: Any, prompt: str, max_tokens: int) -> Dataset:
-    """Token ids of pairs, unpadded: `input_ids` (prompt and source), `labels` (target), each ending in the end token."""
+    """Token ids of pairs, unpadded: `input_ids` (prompt and source), `labels` (target); each ends in the end token."""
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         inputs = tokenizer([prompt + text for text in batch["source"]], verbose=False)["input_ids"]

@@ -105,8 +105,8 @@ def read_splits(data: Data, directory: Path, cache: Path) -> DatasetDict:
         named = getattr(column, "languages", column)  # the hub's own type, or a plain struct
         if not isinstance(named, (list, dict)) or not set(data.languages) <= set(named):
             raise DataError(
-                f"{data.source} {config}: the {split} split needs a column 'translation' with {' and '.join(data.languages)},"
-                f" found {found[split].features}"
+                f"{data.source} {config}: the {split} split needs a column 'translation' with "
+                f"{' and '.join(data.languages)}, found {found[split].features}"
             )
         limit = data.max_train_rows if split == "train" else data.max_eval_rows
         sampled[split] = sample(found[split], limit)
@@ -123,7 +123,7 @@ def sample(rows: Dataset, limit: int | None) -> Dataset:
 
 def write_split(rows: Dataset, data: Data, split: str, path: Path) -> str:
     """Write a split as parquet and return a digest of its rows that does not depend on their order."""
-    digests = []
+    digests: list[bytes] = []
     with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
         for sources_, targets in text_batches(rows, data):
             writer.write_table(pa.table({"source": sources_, "target": targets}, SCHEMA))

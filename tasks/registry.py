@@ -5,9 +5,9 @@
     models/NAME/production.json                 the pointer: the version in production and the event that put it there
     models/NAME/history/00000042.json           what moved the pointer, when, why, from, to: append-only
 
-The event is appended first, by a write that succeeds only where there is none of that number; then the pointer moves, by
-a write that succeeds only over the pointer that was read. A crash between the two leaves an event that the pointer does
-not name yet: the next writer finishes that move before its own, so there is one history and never a fork.
+The event is appended first, by a write that succeeds only where there is none of that number; then the pointer moves,
+by a write that succeeds only over the pointer that was read. A crash between the two leaves an event that the pointer
+does not name yet: the next writer finishes that move before its own, so there is one history and never a fork.
 """
 
 from __future__ import annotations

@@ -189,7 +189,9 @@ def explain(error: ValidationError) -> str:
     for fault in error.errors():
         name = ".".join(str(part) for part in fault["loc"]) or "settings"
         found = "" if fault["type"] == "missing" or not fault["loc"] else f", found {fault['input']!r}"
-        message = "is not a setting" if fault["type"] == "extra_forbidden" else fault["msg"]
+        message = (
+            "is not a setting" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
+        )
         faults.append(f"{name}: {message}{found}")
     return "; ".join(faults)
 

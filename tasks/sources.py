@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,12 +89,16 @@ def copy_files(directory: Path, kind: Kind, target: Path) -> None:
             shutil.copyfile(path, copy)
     if kind == "model" and not any(target.glob("*.safetensors")):
         raise DataError(f"{directory} has no *.safetensors: a base model's weights are read from safetensors only")
+    if kind == "dataset" and not any(target.rglob("*.parquet")):
+        raise DataError(f"{directory} has no *.parquet: expected a dataset in the hub's layout")
 
 
-def mirror(source: str, revision: str | None, kind: Kind, target_uri: str, scratch: Path) -> artifacts.Manifest:
+def mirror(source: str, revision: str | None, kind: Kind, target_uri: str) -> artifacts.Manifest:
     """Copy a dataset or a base model into the object store, as an artifact that `bring` reads."""
     store, key = split_uri(target_uri)
-    brought = bring(source, revision, kind, scratch)
-    copy_files(brought.directory, kind, scratch / "files")
-    log.info("mirror: %s at %s -> %s", source, brought.revision or "no revision", target_uri)
-    return artifacts.publish(store, key, scratch / "files", {"source": source, "revision": brought.revision})
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        brought = bring(source, revision, kind, scratch)
+        copy_files(brought.directory, kind, scratch / "files")
+        log.info("mirror: %s at %s -> %s", source, brought.revision or "no revision", target_uri)
+        return artifacts.publish(store, key, scratch / "files", {"source": source, "revision": brought.revision})

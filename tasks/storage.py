@@ -1,7 +1,7 @@
 """The one door to the object store: a bucket, its objects, and what can go wrong with them.
 
-Everything the steps keep goes through `Store`; no other module imports boto3. Credentials, region and endpoint come from
-the usual AWS chain (`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, a workload identity, ...) and from `S3_ENDPOINT_URL`.
+Everything the steps keep goes through `Store`; no other module imports boto3. Credentials, region and endpoint come
+from the usual AWS chain (`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, a workload identity, ...) and from `S3_ENDPOINT_URL`.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from tasks.tokenizer import fetch_tokenizer
 
 log = logging.getLogger(__name__)
 
+
 def run(run: Run) -> dict[str, Any]:
     """Validate every split. Raises `DataError` with the worst findings when the corpus is not fit for training."""
     settings = run.settings
