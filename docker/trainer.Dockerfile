@@ -18,6 +18,7 @@ COPY --from=libraries /opt/venv /opt/venv
 WORKDIR /opt/retrain
 COPY config config
 COPY dags dags
+COPY k8s/pods k8s/pods
 COPY plugins plugins
 COPY tasks tasks
 COPY examples/demo/corpus examples/demo/corpus

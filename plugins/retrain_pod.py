@@ -1,13 +1,15 @@
 """The operator that runs a step of a pipeline in a pod, on a GPU where the step needs one.
 
-Set where Airflow runs: `RETRAIN_IMAGE` (the trainer image), `RETRAIN_NAMESPACE`, and, if they differ from the defaults,
-`RETRAIN_SECRET` (the Kubernetes Secret whose keys become the pod's environment: the store's credentials and address)
-and `RETRAIN_DEFERRABLE` (`true`: no worker slot is held while the pod runs; needs a triggerer).
+What the pods are like is in `k8s/pods/cpu.yaml` and `gpu.yaml`, for whoever runs the cluster to edit. Set where Airflow
+runs: `RETRAIN_IMAGE` (the trainer image), `RETRAIN_NAMESPACE`, and, if they differ from the defaults,
+`RETRAIN_POD_TEMPLATES` (another folder with `cpu.yaml` and `gpu.yaml`) and `RETRAIN_DEFERRABLE` (`false`: the worker
+waits for the pod; by default the triggerer does, and no worker slot is held).
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
@@ -15,6 +17,7 @@ from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from kubernetes.client import models as k8s
 
+from plugins.pipelines import ROOT
 from plugins.retrain_operator import report_result, step_arguments
 from tasks.errors import NEVER_RETRY, SettingsError
 
@@ -25,7 +28,7 @@ class PodStep(KubernetesPodOperator):
     :param step: the step's name, as in `python -m tasks STEP`
     :param run_uri: where the run is in the store (templated)
     :param pipeline_file: for `configure` only: the pipeline's file, as it is in the image
-    :param gpu: ask for one GPU
+    :param gpu: use the template for pods with a GPU
     """
 
     template_fields = (*KubernetesPodOperator.template_fields, "run_uri")
@@ -35,25 +38,15 @@ class PodStep(KubernetesPodOperator):
     def __init__(
         self, *, step: str, run_uri: str, pipeline_file: str | None = None, gpu: bool = False, **kwargs: Any
     ) -> None:
-        secret = os.environ.get("RETRAIN_SECRET", "retrain-store")
         super().__init__(
+            pod_template_file=_template("gpu" if gpu else "cpu"),
             image=_required("RETRAIN_IMAGE", "the image that every step's pod runs"),
             namespace=_required("RETRAIN_NAMESPACE", "the Kubernetes namespace for the pods"),
-            image_pull_policy="IfNotPresent",
             name=f"retrain-{step}",
             cmds=["python", "-m", "tasks"],
-            env_from=[k8s.V1EnvFromSource(secret_ref=k8s.V1SecretEnvSource(name=secret))],
-            container_resources=k8s.V1ResourceRequirements(limits={"nvidia.com/gpu": "1"}) if gpu else None,
-            security_context=k8s.V1PodSecurityContext(
-                run_as_non_root=True, seccomp_profile=k8s.V1SeccompProfile(type="RuntimeDefault")
-            ),
-            container_security_context=k8s.V1SecurityContext(
-                allow_privilege_escalation=False, capabilities=k8s.V1Capabilities(drop=["ALL"])
-            ),
-            automount_service_account_token=False,
             do_xcom_push=False,  # would need a sidecar and exec rights; the result is in the store
             durable=True,
-            deferrable=_switch("RETRAIN_DEFERRABLE"),
+            deferrable=_switch("RETRAIN_DEFERRABLE", default=True),
             startup_timeout_seconds=1800,  # a GPU node may have to be started, and a large image pulled
             termination_message_policy="FallbackToLogsOnError",
             log_pod_spec_on_failure=False,  # a page of YAML would hide the reason
@@ -94,6 +87,11 @@ class PodStep(KubernetesPodOperator):
             ended = _ending(remote_pod, self.base_container_name)
             if ended and ended.exit_code in NEVER_RETRY:
                 raise AirflowFailException(f"{self.step}: {(ended.message or '').strip()}") from error
+            if ended and ended.reason == "OOMKilled":
+                raise AirflowException(
+                    f"{self.step} needed more memory than the pod may have (OOMKilled): raise its limit in the pod's "
+                    f"template, or lower the batch size"
+                ) from error
             raise
 
 
@@ -103,14 +101,22 @@ def _ending(pod: k8s.V1Pod, container: str) -> k8s.V1ContainerStateTerminated | 
     return next((status.state.terminated for status in statuses if status.name == container and status.state), None)
 
 
+def _template(kind: str) -> str:
+    folder = Path(os.environ.get("RETRAIN_POD_TEMPLATES") or ROOT / "k8s" / "pods")
+    path = folder / f"{kind}.yaml"
+    if not path.is_file():
+        raise SettingsError(f"{path} does not exist: RETRAIN_POD_TEMPLATES must name a folder with cpu.yaml, gpu.yaml")
+    return str(path)
+
+
 def _required(name: str, meaning: str) -> str:
     if value := os.environ.get(name):
         return value
     raise SettingsError(f"{name} is not set: with RETRAIN_RUNNER=kubernetes it must name {meaning}")
 
 
-def _switch(name: str) -> bool:
-    value = os.environ.get(name, "false").lower()
+def _switch(name: str, *, default: bool) -> bool:
+    value = os.environ.get(name, str(default)).lower()
     if value not in {"true", "false"}:
         raise SettingsError(f"{name} is {value!r}: expected true or false")
     return value == "true"

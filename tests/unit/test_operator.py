@@ -281,8 +281,10 @@ def test_a_pod_runs_the_same_command_with_few_rights(pod_step: Any, monkeypatch:
     (container,) = pod.spec.containers
     assert [*container.command, *container.args] == ["python", "-m", "tasks", "train", "--run", "s3://b/runs/r"]
     assert container.image == "registry/trainer:1"
-    assert container.resources.limits == {"nvidia.com/gpu": "1"}
-    assert container.env_from[0].secret_ref.name == "retrain-store"
+    assert container.resources.limits["nvidia.com/gpu"] == "1"
+    assert [source.secret_ref.name for source in container.env_from] == ["retrain-store"]
+    assert [variable.name for variable in container.env or []] == ["HOME"]
+    assert container.security_context.read_only_root_filesystem
     assert container.termination_message_policy == "FallbackToLogsOnError"
     assert container.security_context.allow_privilege_escalation is False
     assert container.security_context.capabilities.drop == ["ALL"]
