@@ -10,10 +10,10 @@ import contextlib
 import json
 import mimetypes
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -61,29 +61,27 @@ class Store:
     def __init__(self, bucket: str) -> None:
         self.bucket = bucket
         self.endpoint = os.environ.get("S3_ENDPOINT_URL") or None
-        self._local = threading.local()
 
     def __repr__(self) -> str:
         return f"Store(s3://{self.bucket} at {self.endpoint or 'AWS'})"
 
-    @property
+    @cached_property
     def _client(self) -> Any:
-        # A boto3 session is not thread-safe, so each thread has its own.
-        if not hasattr(self._local, "client"):
-            self._local.client = boto3.session.Session().client(
-                "s3",
-                endpoint_url=self.endpoint,
-                region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
-                config=Config(
-                    connect_timeout=5,
-                    read_timeout=60,
-                    retries={"mode": "standard", "max_attempts": 5},
-                    # Newer checksum headers are refused by some S3 servers; manifests carry our own SHA-256.
-                    request_checksum_calculation="when_required",
-                    response_checksum_validation="when_required",
-                ),
-            )
-        return self._local.client
+        # A client may be shared by threads; the session that makes it may not, so it is not the default one.
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+            config=Config(
+                connect_timeout=5,
+                read_timeout=60,
+                max_pool_connections=2 * TRANSFERS,
+                retries={"mode": "standard"},  # AWS_MAX_ATTEMPTS says how often
+                # Newer checksum headers are refused by some S3 servers; manifests carry our own SHA-256.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
 
     @contextlib.contextmanager
     def _errors(self, action: str, key: str = "") -> Iterator[None]:

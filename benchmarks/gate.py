@@ -1,0 +1,114 @@
+"""How often the gate is wrong: its promote rate for candidates whose true difference from the champion is known.
+
+    python benchmarks/gate.py s3://retrain/runs/RUN_ID --figure docs/images/gate-power.svg
+
+The sentences and translations of one evaluated run are taken as all the sentences there are. A candidate is a mixture:
+of a share of all sentences it has one system's translation, of the rest the other's; the share is chosen so that BLEU over
+all sentences differs by the wanted amount. For every point hundreds of test sets are drawn, and the gate's two relative
+checks (not worse, and better by `min_gain`, with the defaults' confidence) decide on each.
+
+Prints a table; writes the same as a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib.pyplot as plt
+
+from tasks.gate import statistics
+from tasks.plots import STYLE
+from tasks.run import Run
+from tasks.scoring import bleu_from, bootstrap_gains
+from tasks.settings import Gate
+
+DIFFERENCES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # true BLEU, candidate minus champion
+TEST_SIZES = (500, 2000, 5000)
+
+
+def mixture(better: np.ndarray, worse: np.ndarray, share: float, random: np.random.Generator) -> np.ndarray:
+    """A system that has the better one's translation of a random share of the sentences."""
+    return np.where(random.random(len(better))[:, None] < share, better, worse)
+
+
+def share_for(difference: float, better: np.ndarray, worse: np.ndarray) -> float:
+    """The share of the better system's sentences with which a mixture gains so much BLEU over the worse one."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        gain = bleu_from(better * middle + worse * (1 - middle)) - bleu_from(worse)
+        low, high = (middle, high) if gain < difference else (low, middle)
+    return low
+
+
+def promoted(candidate: np.ndarray, champion: np.ndarray, margin: float, gain: float | None, confidence: float) -> bool:
+    """What the gate's relative checks say of one test set."""
+    surely = float(np.quantile(bootstrap_gains(candidate, champion, 300), 1 - confidence))
+    return surely >= -margin and (gain is None or surely >= gain)
+
+
+def main() -> None:
+    """Draw, decide, count."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="an evaluated run, s3://BUCKET/runs/RUN_ID")
+    parser.add_argument("--draws", type=int, default=200, help="test sets a point")
+    parser.add_argument("--margin", type=float, default=0.3, help="gate.non_inferiority_margin")
+    parser.add_argument("--gain", type=float, default=0.0, help="gate.min_gain")
+    parser.add_argument("--figure", type=Path)
+    arguments = parser.parse_args()
+
+    run = Run.at(arguments.run)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "translations.parquet"
+        run.store.download(run.key("evaluation", "translations.parquet"), path)
+        systems = statistics(pd.read_parquet(path))
+    worse, better = sorted(systems.values(), key=bleu_from)
+    print(f"{len(worse):,} sentences, BLEU {bleu_from(worse):.2f} and {bleu_from(better):.2f}; {os.cpu_count()} CPUs")
+
+    random = np.random.default_rng(0)
+    confidence = Gate().confidence
+    rates: dict[str, list[float]] = {}
+    started = time.monotonic()
+    print("| true difference | " + " | ".join(f"{size:,} sentences" for size in TEST_SIZES) + " |")
+    print("|---:|" + "---:|" * len(TEST_SIZES))
+    for difference in DIFFERENCES:
+        share = share_for(abs(difference), better, worse)
+        row = []
+        for size in TEST_SIZES:
+            count = 0
+            for _ in range(arguments.draws):
+                drawn = random.integers(len(worse), size=size)
+                mixed = mixture(better[drawn], worse[drawn], share, random)
+                if difference == 0:  # two systems of equal quality, which differ in a tenth of their sentences
+                    mixed, other = (mixture(better[drawn], worse[drawn], 0.05, random) for _ in range(2))
+                else:
+                    other = worse[drawn]
+                candidate, champion = (mixed, other) if difference >= 0 else (other, mixed)
+                count += promoted(candidate, champion, arguments.margin, arguments.gain, confidence)
+            row.append(count / arguments.draws)
+            rates.setdefault(f"{size:,} sentences", []).append(row[-1])
+        print(f"| {difference:+.1f} | " + " | ".join(f"{rate:.1%}" for rate in row) + " |", flush=True)
+    print(f"{time.monotonic() - started:.0f} s")
+
+    if arguments.figure:
+        with plt.rc_context(STYLE):
+            figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+            for label, values in rates.items():
+                axes.plot(DIFFERENCES, values, marker="o", label=label)
+            axes.set(xlabel="true BLEU difference, candidate minus champion", ylabel="promoted", ylim=(-0.03, 1.03))
+            axes.legend()
+            figure.savefig(arguments.figure, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The door to the store, on real servers: what is written, what is refused, and what the refusals say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import object_store
+from tasks.errors import NEVER_RETRY, RetryableError, SettingsError
+from tasks.storage import (
+    ConflictError,
+    MissingObjectError,
+    Store,
+    StoreRefusedError,
+    StoreUnreachableError,
+    split_uri,
+    to_json,
+)
+
+WRITERS = 20
+
+
+def test_what_is_written_is_read_back(store: Store) -> None:
+    store.put("a/one.json", b"1")
+    assert store.get("a/one.json") == b"1"
+    store.put_json("a/two.json", {"ñ": [1, None, "¿"]})
+    assert store.get_json("a/two.json") == {"ñ": [1, None, "¿"]}
+    assert store.exists("a/one.json")
+    assert not store.exists("a/one")
+
+
+def test_a_listing_has_every_key_in_order(store: Store) -> None:
+    for number in (2, 10, 1):
+        store.put(f"history/{number:08}.json", b"x" * number)
+    store.put("historical", b"")
+    assert [(entry.key, entry.size) for entry in store.list("history/")] == [
+        (f"history/{number:08}.json", number) for number in (1, 2, 10)
+    ]
+    assert list(store.list("nothing/")) == []
+
+
+def test_large_files_and_folders_arrive_whole(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(range(256)) * 90_000)  # 23 MB: moved in several parts
+    (tmp_path / "empty").write_bytes(b"")
+    files = {"f/large": tmp_path / "large", "f/empty": tmp_path / "empty"}
+    store.upload_all(files)
+    copies = {key: tmp_path / "copies" / path.name for key, path in files.items()}
+    store.download_all(copies)
+    assert all(copies[key].read_bytes() == path.read_bytes() for key, path in files.items())
+
+
+def test_a_missing_object_is_named(store: Store, tmp_path: Path) -> None:
+    for read in (store.get, store.get_json, lambda key: store.download(key, tmp_path / "x")):
+        with pytest.raises(MissingObjectError, match=rf"^s3://{store.bucket}/no/such does not exist$"):
+            read("no/such")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_write_with_a_condition_changes_nothing_when_it_loses(store: Store) -> None:
+    first = store.put("pointer", b"1", if_absent=True)
+    with pytest.raises(ConflictError):
+        store.put("pointer", b"other", if_absent=True)
+    store.put("pointer", b"2", if_match=first)
+    with pytest.raises(ConflictError):
+        store.put("pointer", b"other", if_match=first)
+    assert store.get("pointer") == b"2"
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_of_many_writers_with_a_condition_exactly_one_wins(existing: bool, store: Store) -> None:
+    condition: dict[str, Any] = {"if_match": store.put("pointer", b"before")} if existing else {"if_absent": True}
+
+    def write(content: str) -> str | None:
+        try:
+            store.put("pointer", content.encode(), **condition)
+        except ConflictError:
+            return None
+        return content
+
+    for attempt in range(5):
+        with ThreadPoolExecutor(WRITERS) as pool:  # each content is new: equal contents would have equal ETags
+            won = list(filter(None, pool.map(write, [f"{attempt}, {writer}" for writer in range(WRITERS)])))
+        assert won == [store.get("pointer").decode()]
+        condition = {"if_match": store.get_tagged("pointer")[1]}
+
+
+def test_a_bucket_can_be_made_twice(store: Store) -> None:
+    store.put("kept", b"1")
+    store.create_bucket()
+    assert store.get("kept") == b"1"
+
+
+ACTIONS: list[Callable[[Store], Any]] = [
+    lambda store: store.get("k"),
+    lambda store: store.put("k", b""),
+    lambda store: store.exists("k"),
+    lambda store: list(store.list("k")),
+]
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_bucket_that_does_not_exist_is_not_tried_again(action: Callable[[Store], Any], store: Store) -> None:
+    if action is ACTIONS[2]:
+        assert not Store("no-such-bucket").exists("k")  # HEAD has no body that could tell a bucket from an object
+        return
+    with pytest.raises(StoreRefusedError, match=r"there is no bucket 'no-such-bucket' at http.*: create it, or set"):
+        action(Store("no-such-bucket"))
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_wrong_credentials_are_refused_and_not_shown(
+    action: Callable[[Store], Any], minio: object_store.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on MiniStack, which accepts any secret for its root key."""
+    wrong = {**minio.client_environment, "AWS_SECRET_ACCESS_KEY": "not-the-password"}
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StoreRefusedError, match="check the AWS credentials") as caught:
+        action(Store("retrain"))
+    assert "not-the-password" not in str(caught.value)
+    assert caught.value.exit_code in NEVER_RETRY
+
+
+def test_no_credentials_at_all_say_which_to_set(
+    ministack: object_store.Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("S3_ENDPOINT_URL", ministack.endpoint)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # else a cloud's own service is asked, and waited for
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(StoreRefusedError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        Store("retrain").get("k")
+
+
+@pytest.mark.parametrize("action", [*ACTIONS, lambda store: store.upload(Path(__file__), "k")])
+def test_a_store_that_does_not_answer_is_worth_another_try(
+    action: Callable[[Store], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "S3_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "a-secret",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StoreUnreachableError, match=r"127\.0\.0\.1:9") as caught:
+        action(Store("retrain"))
+    assert isinstance(caught.value, RetryableError)
+    assert "a-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["", "s3://", "s3://bucket", "s3://bucket/", "http://bucket/key", "/bucket/key"])
+def test_what_is_no_place_in_a_store_is_refused(uri: str) -> None:
+    with pytest.raises(SettingsError, match="expected s3://BUCKET/KEY"):
+        split_uri(uri)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_not_written(number: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_json({"loss": number})
