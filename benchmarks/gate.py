@@ -3,9 +3,9 @@
     python benchmarks/gate.py s3://retrain/runs/RUN_ID --figure docs/images/gate-power.svg
 
 The sentences and translations of one evaluated run are taken as all the sentences there are. A candidate is a mixture:
-of a share of all sentences it has one system's translation, of the rest the other's; the share is chosen so that BLEU over
-all sentences differs by the wanted amount. For every point hundreds of test sets are drawn, and the gate's two relative
-checks (not worse, and better by `min_gain`, with the defaults' confidence) decide on each.
+of a share of all sentences it has one system's translation, of the rest the other's; the share is chosen so that BLEU
+over all of them differs by the wanted amount. For every point hundreds of test sets are drawn, and the gate's two
+relative checks (not worse, and better by `min_gain`, with the default confidence) decide on each.
 
 Prints a table; writes the same as a figure.
 """

@@ -14,6 +14,7 @@ from typing import Any
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.sdk import Context
+from airflow.sdk.bases.xcom import BaseXCom
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from kubernetes.client import models as k8s
 
@@ -66,12 +67,18 @@ class PodStep(KubernetesPodOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the pod; returns the step's result. In deferrable mode the task goes on in `trigger_reentry`."""
         super().execute(context)
-        return report_result(self, context)
+        return self._report(context)
 
     def trigger_reentry(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
         """Go on after the pod has ended in deferrable mode."""
         super().trigger_reentry(context, event)
-        return report_result(self, context)
+        return self._report(context)
+
+    def _report(self, context: Context) -> dict[str, Any]:
+        result = report_result(self, context)
+        # `do_xcom_push=False`, which spares the pod a sidecar, also makes Airflow drop what a task returns.
+        context["ti"].xcom_push(key=BaseXCom.XCOM_RETURN_KEY, value=result)
+        return result
 
     def cleanup(
         self,

@@ -42,6 +42,7 @@ class Check:
 
 def run(run: Run) -> dict[str, Any]:
     """Check the candidate and record the decision: `promote` or `reject`."""
+    run.result("evaluate")
     metrics = run.store.get_json(run.key("evaluation", "metrics.json"))
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "translations.parquet"

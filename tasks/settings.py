@@ -187,12 +187,12 @@ def explain(error: ValidationError) -> str:
     """A validation error as one sentence: each field by its full name, what was wrong, and what was found."""
     faults = []
     for fault in error.errors():
-        name = ".".join(str(part) for part in fault["loc"]) or "settings"
+        name = ".".join(str(part) for part in fault["loc"])
         found = "" if fault["type"] == "missing" or not fault["loc"] else f", found {fault['input']!r}"
         message = (
             "is not a setting" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
         )
-        faults.append(f"{name}: {message}{found}")
+        faults.append(f"{name}: {message}{found}" if name else message)
     return "; ".join(faults)
 
 
