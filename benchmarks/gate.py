@@ -15,18 +15,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib.pyplot as plt
 
-from tasks.gate import statistics
+from tasks.gate import read_evaluation
 from tasks.plots import STYLE
 from tasks.run import Run
 from tasks.scoring import bleu_from, bootstrap_gains
@@ -68,10 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     run = Run.at(arguments.run)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "translations.parquet"
-        run.store.download(run.key("evaluation", "translations.parquet"), path)
-        systems = statistics(pd.read_parquet(path))
+    _, systems = read_evaluation(run)
     worse, better = sorted(systems.values(), key=bleu_from)
     print(f"{len(worse):,} sentences, BLEU {bleu_from(worse):.2f} and {bleu_from(better):.2f}; {os.cpu_count()} CPUs")
 

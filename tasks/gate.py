@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tasks.errors import DataError
 from tasks.run import Run
 from tasks.scoring import bootstrap_gains
 from tasks.settings import Gate
@@ -43,14 +44,8 @@ class Check:
 def run(run: Run) -> dict[str, Any]:
     """Check the candidate and record the decision: `promote` or `reject`."""
     run.result("evaluate")
-    metrics = run.store.get_json(run.key("evaluation", "metrics.json"))
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "translations.parquet"
-        run.store.download(run.key("evaluation", "translations.parquet"), path)
-        table = pd.read_parquet(path)
-    checks = check_all(
-        metrics, statistics(table), run.settings.gate, data_valid=run.find_result("validate") is not None
-    )
+    metrics, bleu = read_evaluation(run)
+    checks = check_all(metrics, bleu, run.settings.gate, data_valid=run.find_result("validate") is not None)
     refused = [check for check in checks if not check.passed]
     decision = "reject" if refused else "promote"
     outcome = {
@@ -63,9 +58,31 @@ def run(run: Run) -> dict[str, Any]:
     return {"summary": f"{decision}: {reasons or f'all {len(checks)} checks hold'}", **outcome}
 
 
-def statistics(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Each system's BLEU statistics, a row a sentence."""
-    return {system: np.stack(table[f"{system}_statistics"].tolist()) for system in ("champion", "candidate")}
+def read_evaluation(run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What evaluate left: its metrics, and each system's BLEU statistics (sentences, STATISTICS).
+
+    Raises `DataError` when one of the files is damaged, or they are not of the same test split.
+    """
+    folder = f"{run.uri}/evaluation"
+    try:
+        metrics = run.store.get_json(run.key("evaluation", "metrics.json"))
+        sentences = metrics["sentences"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}/metrics.json is damaged ({error!r}): run the evaluate step again") from error
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "translations.parquet"
+        run.store.download(run.key("evaluation", "translations.parquet"), path)
+        try:
+            table = pd.read_parquet(path)
+            bleu = {system: np.stack(table[f"{system}_statistics"].tolist()) for system in ("champion", "candidate")}
+        except (ValueError, KeyError, OSError) as error:
+            raise DataError(f"{folder}/translations.parquet is damaged ({error}): run evaluate again") from error
+    if len(table) != sentences:
+        raise DataError(
+            f"{folder}: metrics.json is about {sentences} sentences, translations.parquet has {len(table)}: "
+            f"run the evaluate step again"
+        )
+    return metrics, bleu
 
 
 def check_all(metrics: dict[str, Any], bleu: dict[str, np.ndarray], limits: Gate, *, data_valid: bool) -> list[Check]:
@@ -212,8 +229,11 @@ def negative(value: float | None) -> float | None:
 def worst_slice(metrics: dict[str, Any]) -> tuple[str, float | None]:
     """The slice of the test split on which BLEU changes most for the worse, and the change."""
     slices = metrics.get("slices") or {}
-    changes = {name: scores["candidate"] - scores["champion"] for name, scores in slices.items()}
-    if not changes:
-        return "of every slice", None
-    worst = min(changes, key=lambda name: changes[name])
-    return worst, changes[worst]
+    changes = {name: difference(part.get("candidate"), part.get("champion")) for name, part in slices.items()}
+    worst, least = "of every slice", math.inf
+    for name, change in changes.items():
+        if change is None or not math.isfinite(change):
+            return name, None
+        if change < least:
+            worst, least = name, change
+    return worst, least if changes else None
