@@ -1,6 +1,8 @@
 """The local stack and the demo on it: what `make up`, `make down` and `make demo` call.
 
     python -m scripts.local up | down | status | demo [--reject]
+    python -m scripts.local run COMMAND ...    a command that finds the stack's store and Airflow, as
+                                               `run python -m tasks models list demo`
 
 Exit codes: 0 as it should be, 1 something failed, 2 this machine is not ready and nothing was started, 130 interrupted.
 """
@@ -8,8 +10,11 @@ Exit codes: 0 as it should be, 1 something failed, 2 this machine is not ready a
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 from rich.console import Console
@@ -31,6 +36,8 @@ def main() -> int:
     commands.add_parser("status", help="say what runs, and where")
     demo = commands.add_parser("demo", help="run the demo pipeline and show what comes out")
     demo.add_argument("--reject", action="store_true", help="with a harmful setting, to see the gate refuse")
+    run = commands.add_parser("run", help="run a command in the stack's environment")
+    run.add_argument("program", nargs=argparse.REMAINDER, metavar="COMMAND")
     arguments = parser.parse_args()
 
     for number in (signal.SIGTERM, signal.SIGINT):  # both as Ctrl-C: stop what was started
@@ -45,6 +52,8 @@ def main() -> int:
         elif arguments.command == "down":
             stopped = stack.down()
             console.print(f"Stopped: {', '.join(stopped)}." if stopped else "Nothing was running.")
+        elif arguments.command == "run":
+            return run_command(stack, arguments.program)
         elif arguments.command == "status":
             running = stack.running()
             for name in ALL:
@@ -63,6 +72,14 @@ def main() -> int:
         print("\nInterrupted.", file=sys.stderr)
         return 130
     return 0
+
+
+def run_command(stack: Stack, command: list[str]) -> int:
+    """Run a command with the stack's environment and the libraries of `.venv`; returns its exit code."""
+    if not stack.running():
+        raise StackError("Nothing runs: start it with `make up`.")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return subprocess.run(command, env={**stack.environment, "PATH": path}, check=False).returncode
 
 
 if __name__ == "__main__":
