@@ -60,7 +60,12 @@ def load_model(directory: Path) -> Any:
     model = new_model(config)
     for name in TIED:
         weights.pop(name, None)
-    _, report = load_pytorch_state_dict_in_tf2_model(model, weights, allow_missing_keys=True, output_loading_info=True)
+    try:
+        _, report = load_pytorch_state_dict_in_tf2_model(
+            model, weights, allow_missing_keys=True, output_loading_info=True
+        )
+    except ValueError as error:
+        raise DataError(f"a weight in {directory} has not the shape that its config.json says: {error}") from error
     wrong = {kind: names for kind, names in report.items() if names}
     if wrong:
         raise DataError(f"the weights in {directory} do not fit its config.json: {wrong}")
@@ -219,6 +224,8 @@ def translate(
     Sentences of similar length share a batch and every batch of a width runs the same compiled graph, which gives the
     outputs of one sentence at a time, many times faster.
     """
+    if not sentences:
+        return []
     encoded = tokenizer([prompt + s for s in sentences], truncation=True, max_length=max_tokens)["input_ids"]
     pad_id = model.config.pad_token_id
 

@@ -88,8 +88,11 @@ def read_splits(data: Data, directory: Path, cache: Path) -> DatasetDict:
     """
     config = "-".join(sorted(data.languages))  # the hub names a pair by its languages in alphabetical order
     try:
-        found = load_dataset(str(directory), config, cache_dir=str(cache))
+        # The batch size is given because the default is a file's first row group, which an empty file lacks.
+        found = load_dataset(str(directory), config, cache_dir=str(cache), batch_size=ROWS_AT_ONCE)
     except (ValueError, DatasetNotFoundError, FileNotFoundError) as error:
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{data.source} {config}: a split is empty: {error}") from error
         raise DataError(f"data.pair: {data.source} has no usable pair {config!r}: {error}") from error
     except (DatasetGenerationError, pa.ArrowInvalid) as error:
         raise DataError(
@@ -99,8 +102,6 @@ def read_splits(data: Data, directory: Path, cache: Path) -> DatasetDict:
     for split in SPLITS:
         if split not in found:
             raise DataError(f"{data.source} {config} has no {split} split: found {', '.join(sorted(found))}")
-        if not found[split].num_rows:
-            raise DataError(f"{data.source} {config}: the {split} split is empty")
         column = found[split].features.get("translation")
         named = getattr(column, "languages", column)  # the hub's own type, or a plain struct
         if not isinstance(named, (list, dict)) or not set(data.languages) <= set(named):

@@ -1,0 +1,322 @@
+"""pull, validate and preprocess as programs, on small corpora in the hub's layout and a real store."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import DatasetDict
+
+from tasks import artifacts, registry
+from tasks.__main__ import main
+from tasks.pull import DATASET_MANIFEST
+from tasks.run import Run
+from tasks.storage import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+Pair = tuple[str | None, str | None]
+Make = Callable[..., Path]
+WORDS = ("carro", "papa", "jugo", "casa", "hermano", "computadora", "lunes", "piscina", "libro", "perro")
+CLEAN: dict[str, list[Pair]] = {
+    split: [
+        (f"The {word} has {number} {split} things.", f"Mi {word} tiene {number} cosas de {clave}.")
+        for word in WORDS
+        for number in range(count)
+    ]
+    for split, count, clave in (("train", 12, "aprender"), ("validation", 11, "mirar"), ("test", 11, "probar"))
+}
+README = "\n".join(
+    [
+        *["---", "configs:", "- config_name: en-es", "  data_files:"],
+        *(f"  - split: {split}\n    path: en-es/{split}-*" for split in CLEAN),
+        "---\n",
+    ]
+)
+SMALL = {"validation.min_train_rows": 100, "validation.min_eval_rows": 100}
+
+
+@pytest.fixture(autouse=True)
+def reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a step leaves the reason of its failure."""
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "termination-log"
+    path.touch()
+    monkeypatch.setenv("RETRAIN_TERMINATION_LOG", str(path))
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Make:
+    """Write a corpus in the hub's layout; returns its directory."""
+
+    def make(
+        splits: dict[str, list[Pair]], *, column: str = "translation", languages: str = "en-es", **how: Any
+    ) -> Path:
+        directory = Path(tempfile.mkdtemp(dir=tmp_path)) / "corpus"
+        (directory / "en-es").mkdir(parents=True)
+        (directory / "README.md").write_text(README)
+        first, second = languages.split("-")
+        for split, pairs in splits.items():
+            rows = [{first: source, second: target} for source, target in pairs]
+            kind = pa.struct({first: pa.string(), second: pa.string()})
+            table = pa.table({column: pa.array(rows, kind)})
+            pq.write_table(table, directory / "en-es" / f"{split}-00000-of-00001.parquet", **how)
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def step(store: Store) -> Callable[..., int]:
+    """Run steps of one run, the first time with the settings; returns the last exit code."""
+
+    def run(*names: str, source: Path | None = None, run: str = "r", **settings: Any) -> int:
+        uri, code = f"s3://{store.bucket}/runs/{run}", 0
+        if source:
+            changes = {"data.source": str(source), **SMALL, **settings}
+            assignments = [f"--set={name}={json.dumps(value)}" for name, value in changes.items()]
+            assert main(["configure", "--run", uri, "--pipeline", "config/demo.yaml", *assignments]) == 0
+        for name in names:
+            if code := main([name, "--run", uri]):
+                break
+        return code
+
+    return run
+
+
+def result(store: Store, name: str, run: str = "r") -> dict[str, Any]:
+    return store.get_json(f"runs/{run}/results/{name}.json")
+
+
+# pull
+
+
+def test_the_fingerprint_is_that_of_the_rows_not_of_the_files(
+    store: Store, corpus: Make, step: Callable[..., int]
+) -> None:
+    shuffled = {split: random.Random(1).sample(pairs, len(pairs)) for split, pairs in CLEAN.items()}  # noqa: S311
+    same = [corpus(CLEAN), corpus(shuffled), corpus(CLEAN, row_group_size=7, compression="gzip")]
+    other = [
+        corpus({**CLEAN, "train": [*CLEAN["train"][:-1], ("Another sentence.", "Otra frase.")]}),
+        corpus({**CLEAN, "train": CLEAN["train"][:-1]}),
+        corpus({**CLEAN, "train": [*CLEAN["train"], CLEAN["train"][0]]}),
+        corpus({**CLEAN, "validation": CLEAN["test"], "test": CLEAN["validation"]}),
+        corpus({**CLEAN, "train": [("", "x"), *CLEAN["train"][1:]]}),
+        corpus({**CLEAN, "train": [(None, "x"), *CLEAN["train"][1:]]}),
+    ]
+    keys = []
+    for number, source in enumerate([*same, *other]):
+        assert step("pull", source=source, run=f"r{number}") == 0
+        keys.append(result(store, "pull", f"r{number}")["dataset"].rsplit("/", 1)[-1])
+    assert len(set(keys[: len(same)])) == 1
+    assert len(set(keys)) == 1 + len(other)
+
+
+def test_what_is_in_the_store_already_is_not_written_again(
+    store: Store, corpus: Make, step: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = corpus(CLEAN)
+    assert step("pull", source=source) == 0
+    written: list[str] = []
+    monkeypatch.setattr(Store, "upload", lambda _, path, key: written.append(key))
+    assert step("pull", source=source, run="again") == 0
+    assert written == []
+
+
+def test_limits_take_rows_from_all_over_the_corpus_and_always_the_same(
+    store: Store, corpus: Make, step: Callable[..., int], tmp_path: Path
+) -> None:
+    for run in ("one", "two"):
+        limits = {"data.max_train_rows": 20, "data.max_eval_rows": 5}
+        assert step("pull", source=corpus(CLEAN), run=run, **limits) == 0
+    first, second = (result(store, "pull", run) for run in ("one", "two"))
+    assert first["dataset"] == second["dataset"]
+    assert first["rows"] == {"train": 20, "validation": 5, "test": 5}
+    artifacts.fetch(store, first["dataset"], tmp_path / "data", manifest_name=DATASET_MANIFEST)
+    taken = pd.read_parquet(tmp_path / "data" / "train.parquet")["source"]
+    assert taken.str.split().str[1].nunique() > 4
+
+
+def without(split: str) -> dict[str, list[Pair]]:
+    return {name: pairs for name, pairs in CLEAN.items() if name != split}
+
+
+@pytest.mark.parametrize(
+    ("content", "how", "settings", "sentence"),
+    [
+        (CLEAN, {}, {"data.pair": "en-fr"}, "data.pair: .* has no usable pair 'en-fr'"),
+        (CLEAN, {"column": "text"}, {}, "the train split needs a column 'translation' with en and es, found"),
+        (CLEAN, {"languages": "en-fr"}, {}, "the train split needs a column 'translation' with en and es, found"),
+        ({**CLEAN, "test": []}, {}, {}, 'a split is empty: Instruction "test"'),
+    ],
+)
+def test_a_corpus_that_cannot_be_used_is_refused(
+    content: dict[str, list[Pair]],
+    how: dict[str, Any],
+    settings: dict[str, Any],
+    sentence: str,
+    *,
+    store: Store,
+    corpus: Make,
+    step: Callable[..., int],
+    reason: Path,
+) -> None:
+    assert step("pull", source=corpus(content, **how), **settings) == 65
+    assert re.search(sentence, reason.read_text())
+    assert not list(store.list("datasets/"))
+
+
+@pytest.mark.parametrize("fault", ["missing split", "unreadable file"])
+def test_a_corpus_with_a_broken_file_is_refused(
+    fault: str, store: Store, corpus: Make, step: Callable[..., int], reason: Path
+) -> None:
+    source = corpus(CLEAN)
+    file = source / "en-es" / "test-00000-of-00001.parquet"
+    if fault == "missing split":
+        file.unlink()
+    else:
+        file.write_bytes(b"PAR1 this is no parquet")
+    assert step("pull", source=source) == 65
+    assert str(source) in reason.read_text()
+    assert not list(store.list("datasets/"))
+
+
+def promote(store: Store, inputs: str) -> None:
+    """Put something into production that was trained from these inputs."""
+    store.put_json("models/demo/versions/v/manifest.json", {"files": [], "lineage": {"inputs": inputs}})
+    registry.move(store, "demo", "v", expected=None, who="another run", why="first")
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        ({}, False),
+        ({"gate.min_bleu": 1, "evaluation.batch_size": 3}, False),
+        ({"force": True}, True),
+        ({"training.seed": 7}, True),
+        ({"preprocessing.max_tokens": 32}, True),
+        ({"validation.max_characters": 100}, True),
+        ({"data.max_train_rows": 110}, True),
+    ],
+)
+def test_a_run_goes_on_only_if_something_that_training_depends_on_has_changed(
+    settings: dict[str, Any], changed: bool, *, bucket: Store, corpus: Make
+) -> None:
+    source = corpus(CLEAN)
+
+    def pull(run: str, **settings: Any) -> dict[str, Any]:
+        uri = f"s3://{bucket.bucket}/runs/{run}"
+        changes = {"data.source": str(source), **settings}
+        assignments = [f"--set={name}={json.dumps(value)}" for name, value in changes.items()]
+        assert main(["configure", "--run", uri, "--pipeline", "config/demo.yaml", *assignments]) == 0
+        assert main(["pull", "--run", uri]) == 0
+        return result(bucket, "pull", run)
+
+    first = pull("first")
+    if not registry.read_pointer(bucket, "demo"):
+        assert first["changed"]
+        promote(bucket, first["inputs"])
+    assert pull("second", **settings)["changed"] is changed
+
+
+# validate and preprocess
+
+
+def test_clean_data_passes_and_is_tokenised(
+    store: Store, corpus: Make, step: Callable[..., int], tmp_path: Path
+) -> None:
+    assert step("pull", "validate", "preprocess", source=corpus(CLEAN)) == 0
+    assert result(store, "validate")["usable"] == {split: len(pairs) for split, pairs in CLEAN.items()}
+    page = store.get("runs/r/validation/docs/index.html").decode()
+    assert "<html" in page
+    prepared = result(store, "preprocess")
+    assert prepared["rows"] == {split: len(pairs) for split, pairs in CLEAN.items()}
+    assert sum(prepared["truncated"].values()) == 0
+    artifacts.fetch(store, prepared["prepared"], tmp_path / "prepared")
+    rows = DatasetDict.load_from_disk(tmp_path / "prepared")["train"]
+    assert set(rows.column_names) == {"source", "target", "input_ids", "labels"}
+    assert all(ids[-1] == 1 for column in ("input_ids", "labels") for ids in rows[column])
+
+
+def test_bad_pairs_are_set_aside_with_reasons_and_never_trained_on(
+    store: Store, corpus: Make, step: Callable[..., int], tmp_path: Path
+) -> None:
+    bad: list[Pair] = [(None, "nada"), ("<b>bold</b> words here", "palabras"), ("Madrid", "Madrid"), CLEAN["test"][0]]
+    source = corpus({**CLEAN, "train": [*bad, *CLEAN["train"]]})
+    assert step("pull", "validate", "preprocess", source=source) == 0
+    store.download("runs/r/validation/quarantine.parquet", tmp_path / "q.parquet")
+    table = pd.read_parquet(tmp_path / "q.parquet")
+    assert table["split"].tolist() == ["train"] * 4
+    assert table["row"].tolist() == [0, 1, 2, 3]
+    assert table["reasons"].tolist() == ["blank", "markup", "identical", "leaked"]
+    assert result(store, "preprocess")["rows"]["train"] == len(CLEAN["train"])
+
+
+def test_preprocessing_the_same_again_is_one_look_up(
+    store: Store, corpus: Make, step: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = corpus(CLEAN)
+    assert step("pull", "validate", "preprocess", source=source) == 0
+    assert step("pull", "validate", source=source, run="again") == 0
+    written: list[str] = []
+    monkeypatch.setattr(Store, "upload", lambda _, path, key: written.append(key))
+    assert step("preprocess", run="again") == 0
+    assert written == []
+    assert result(store, "preprocess", "again")["prepared"] == result(store, "preprocess")["prepared"]
+    assert step("pull", source=source, run="short", **{"preprocessing.max_tokens": 12}) == 0
+
+
+@pytest.mark.parametrize(
+    ("splits", "settings", "sentence"),
+    [
+        ({}, {"validation.min_train_rows": 10_000}, "train: usable is 120 (enough pairs must be left"),
+        ({}, {"validation.min_eval_rows": 10_000}, "validation: usable is 110 (enough pairs must be left"),
+        (
+            {"train": [*CLEAN["train"], *[("Madrid", "Madrid")] * 40]},
+            {},
+            "train: 25.0% of pairs (both sides are the same text",
+        ),
+        (
+            {"validation": [(source, f"{target} 漢字仮名漢字仮名") for source, target in CLEAN["validation"]]},
+            {},
+            "what the tokenizer cannot express, no training can teach",
+        ),
+    ],
+)
+def test_a_corpus_that_is_not_fit_stops_the_run_and_says_why(
+    splits: dict[str, list[Pair]],
+    settings: dict[str, Any],
+    sentence: str,
+    *,
+    store: Store,
+    corpus: Make,
+    step: Callable[..., int],
+    reason: Path,
+) -> None:
+    assert step("pull", "validate", source=corpus({**CLEAN, **splits}), **settings) == 65
+    assert sentence in reason.read_text()
+    assert f"s3://{store.bucket}/runs/r/validation/docs/index.html" in reason.read_text()
+    for name in ("docs/index.html", "result.json", "quarantine.parquet"):
+        assert store.exists(f"runs/r/validation/{name}")
+    assert Run.at(f"s3://{store.bucket}/runs/r").find_result("validate") is None
+
+
+def test_long_sentences_are_cut_and_counted(
+    store: Store, corpus: Make, step: Callable[..., int], tmp_path: Path
+) -> None:
+    assert step("pull", "validate", "preprocess", source=corpus(CLEAN), **{"preprocessing.max_tokens": 12}) == 0
+    prepared = result(store, "preprocess")
+    assert prepared["truncated"]["train"] > 0
+    artifacts.fetch(store, prepared["prepared"], tmp_path / "prepared")
+    for rows in DatasetDict.load_from_disk(tmp_path / "prepared").values():
+        assert max(map(len, rows["input_ids"])) == 12
+        assert all(ids[-1] == 1 for ids in rows["input_ids"])
