@@ -30,7 +30,10 @@ def bleu_statistics(hypotheses: Sequence[str], references: Sequence[str]) -> np.
 
 def bleu_from(statistics: np.ndarray) -> float:
     """Corpus BLEU (0 to 100) of sentences' statistics, by sacrebleu's own formula."""
-    total = statistics.sum(axis=0)
+    return _bleu(statistics.sum(axis=0))
+
+
+def _bleu(total: np.ndarray) -> float:
     score = BLEU.compute_bleu(
         correct=total[:ORDERS].tolist(),
         total=total[ORDERS : 2 * ORDERS].tolist(),
@@ -57,8 +60,10 @@ def bootstrap_gains(candidate: np.ndarray, champion: np.ndarray, samples: int, s
     """
     random = np.random.default_rng(seed)
     sentences = len(candidate)
+    both = np.hstack([candidate, champion]).astype(float)  # floats multiply fast, and are exact for counts
     gains = np.empty(samples)
     for sample in range(samples):
-        weights = random.multinomial(sentences, np.full(sentences, 1 / sentences))[:, None]
-        gains[sample] = bleu_from(candidate * weights) - bleu_from(champion * weights)
+        times_drawn = np.bincount(random.integers(sentences, size=sentences), minlength=sentences)
+        totals = times_drawn @ both
+        gains[sample] = _bleu(totals[:STATISTICS]) - _bleu(totals[STATISTICS:])
     return gains
