@@ -12,6 +12,7 @@ A step reads its inputs from the object store, writes its outputs there, and is 
 from __future__ import annotations
 
 import argparse
+import getpass
 import importlib
 import json
 import logging
@@ -19,13 +20,12 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import tasks
 from tasks import registry, settings
 from tasks.errors import StepError
 from tasks.run import Run
-from tasks.storage import Store
+from tasks.storage import Store, to_json
 
 log = logging.getLogger("tasks")
 
@@ -84,17 +84,21 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--pipeline", type=Path, default=Path("config/en-es.yaml"))
     listing.set_defaults(command=_list_settings)
 
-    models = commands.add_parser("models", help="look at and pull published models").add_subparsers(
+    models = commands.add_parser("models", help="look at, pull and roll back published models").add_subparsers(
         required=True, metavar="COMMAND"
     )
-    for name, purpose in {"list": "list versions", "show": "show production's manifest", "pull": "download"}.items():
-        command = models.add_parser(name, help=purpose)
+    for name, (action, purpose) in MODEL_ACTIONS.items():
+        command = models.add_parser(name, help=purpose, description=f"{name}: {purpose}.")
         command.add_argument("model", help="the model's name, as demo")
         command.add_argument("--bucket", default=os.environ.get("RETRAIN_BUCKET", "retrain"))
-        command.set_defaults(command=_models, action=name)
+        command.set_defaults(command=action)
+        if name in {"show", "pull"}:
+            command.add_argument("--version", default=registry.PRODUCTION, help="a version, or production")
         if name == "pull":
-            command.add_argument("--version", default="production", help="a version, or production")
             command.add_argument("--to", required=True, type=Path, help="the directory to make")
+        if name == "rollback":
+            command.add_argument("--version", required=True, help="the version that production shall be")
+            command.add_argument("--why", required=True, help="the reason, for the history")
 
     mirror = commands.add_parser("mirror", help="copy a dataset or a base model into the object store, once")
     mirror.add_argument("source", help="a hub name (owner/name), a local directory or another mirror")
@@ -125,19 +129,46 @@ def _list_settings(arguments: argparse.Namespace) -> None:
         print(f"{name} = {json.dumps(field['default'], ensure_ascii=False)}\n    {field.get('description', '')}")
 
 
-def _models(arguments: argparse.Namespace) -> None:
+def _list_models(arguments: argparse.Namespace) -> None:
     store = Store(arguments.bucket)
-    if arguments.action == "list":
-        production = registry.read_pointer(store, arguments.model)
-        for version in registry.versions(store, arguments.model):
-            print(f"{version}{'  <- production' if production and production.version == version else ''}")
-        return
-    if arguments.action == "show":
-        shown: dict[str, Any] = registry.manifest(store, arguments.model, "production").to_dict()
-        print(json.dumps(shown, indent=2, ensure_ascii=False))
-        return
-    version = registry.pull(store, arguments.model, arguments.version, arguments.to)
+    production = registry.read_pointer(store, arguments.model)
+    for version in registry.versions(store, arguments.model):
+        print(f"{version}{'  <- production' if production and production.version == version else ''}")
+
+
+def _show_model(arguments: argparse.Namespace) -> None:
+    manifest = registry.manifest(Store(arguments.bucket), arguments.model, arguments.version)
+    print(to_json(manifest.to_dict()).decode())
+
+
+def _pull_model(arguments: argparse.Namespace) -> None:
+    version = registry.pull(Store(arguments.bucket), arguments.model, arguments.version, arguments.to)
     print(f"{arguments.model} {version} is in {arguments.to}, every file verified")
+
+
+def _show_history(arguments: argparse.Namespace) -> None:
+    for event in registry.history(Store(arguments.bucket), arguments.model):
+        print(
+            f"{event.number}  {event.time}  {event.before or 'nothing'} -> {event.version}  by {event.who}: {event.why}"
+        )
+
+
+def _roll_back(arguments: argparse.Namespace) -> None:
+    store = Store(arguments.bucket)
+    current = registry.resolve(store, arguments.model, registry.PRODUCTION)
+    event = registry.move(
+        store, arguments.model, arguments.version, expected=current, who=getpass.getuser(), why=arguments.why
+    )
+    print(f"{arguments.model}: production is {event.version}, and was {current}")
+
+
+MODEL_ACTIONS = {
+    "list": (_list_models, "list the versions, and which is in production"),
+    "show": (_show_model, "show a version's manifest: files, metrics, lineage"),
+    "history": (_show_history, "list what moved production, when, by whom and why"),
+    "pull": (_pull_model, "download a version, every file verified"),
+    "rollback": (_roll_back, "point production at another version"),
+}
 
 
 def _mirror(arguments: argparse.Namespace) -> None:

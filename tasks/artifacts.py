@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tasks.errors import DataError
-from tasks.storage import Store, in_parallel
+from tasks.storage import MissingObjectError, Store, in_parallel
 
 MANIFEST = "manifest.json"
 
@@ -68,15 +68,38 @@ def describe(directory: Path) -> Manifest:
         if path.is_symlink():
             raise DataError(f"{path} is a symbolic link; an artifact holds plain files only")
         if path.is_file():
-            files.append(File(path.relative_to(directory).as_posix(), path.stat().st_size, sha256(path)))
+            name = path.relative_to(directory).as_posix()
+            if not is_plain(name):
+                raise DataError(f"{str(path)!r} has a name that not every system can hold: rename it")
+            files.append(File(name, path.stat().st_size, sha256(path)))
     return Manifest(tuple(files))
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name is a relative POSIX path that means the same file, inside its directory, everywhere."""
+    path = PurePosixPath(name)
+    return (
+        str(path) == name
+        and name.isprintable()
+        and "\\" not in name
+        and path.name != ""
+        and ".." not in path.parts
+        and not path.is_absolute()
+    )
 
 
 def publish(
     store: Store, prefix: str, directory: Path, metadata: dict[str, Any] | None = None, *, manifest_name: str = MANIFEST
 ) -> Manifest:
-    """Upload a directory under `prefix`, its manifest last. Safe to repeat: the same files give the same objects."""
+    """Upload a directory under `prefix`, its manifest last. Safe to repeat: the same files give the same objects.
+
+    Raises `DataError` for a directory without files, and for one with a file that is called like the manifest.
+    """
     manifest = Manifest(describe(directory).files, metadata or {})
+    if not manifest.files:
+        raise DataError(f"{directory} has no files: there is nothing to publish")
+    if manifest_name in {file.path for file in manifest.files}:
+        raise DataError(f"{directory} has a file {manifest_name}, which is the name of an artifact's manifest")
     store.upload_all({f"{prefix}/{file.path}": directory / file.path for file in manifest.files})
     store.put_json(f"{prefix}/{manifest_name}", manifest.to_dict())
     return manifest
@@ -91,13 +114,15 @@ def read_manifest(store: Store, prefix: str, *, manifest_name: str = MANIFEST) -
     try:
         content = store.get_json(key)
         files = tuple(File(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in content.pop("files"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(f"{key} is not a manifest ({error!r}); the artifact cannot be trusted") from error
-    for file in files:
-        path = PurePosixPath(file.path)
-        if path.is_absolute() or ".." in path.parts or "\\" in file.path or str(path) != file.path:
-            raise DataError(f"{key} names {file.path!r}, which is not a plain relative path; nothing was downloaded")
-    if len({file.path for file in files}) != len(files):
+    names = {file.path for file in files}
+    for name in names:
+        if not is_plain(name):
+            raise DataError(f"{key} names {name!r}, which is not a plain relative path; nothing was downloaded")
+        if any(str(folder) in names for folder in PurePosixPath(name).parents):
+            raise DataError(f"{key} names {name!r} and, as a file, a folder of it; nothing was downloaded")
+    if len(names) != len(files):
         raise DataError(f"{key} names the same file twice; nothing was downloaded")
     return Manifest(files, content)
 
@@ -125,7 +150,10 @@ def fetch(
 
         def fetch_one(file: File) -> None:
             path = fresh / file.path
-            store.download(f"{prefix}/{file.path}", path)
+            try:
+                store.download(f"{prefix}/{file.path}", path)
+            except MissingObjectError as error:
+                raise DataError(f"{error}, though its manifest names it; nothing was kept") from error
             if path.stat().st_size != file.size or sha256(path) != file.sha256:
                 raise DataError(
                     f"s3://{store.bucket}/{prefix}/{file.path} is not the file that its manifest names "

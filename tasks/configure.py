@@ -54,8 +54,10 @@ def code_version() -> str:
     """The commit that runs: from the image's environment, else from git, else this package's version."""
     if commit := os.environ.get("RETRAIN_COMMIT"):
         return commit
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     root = Path(__file__).parent.parent
-    answer = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() or tasks.__version__
+    try:
+        answer = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # there is no git in an image
+        answer = ""
+    return answer or tasks.__version__

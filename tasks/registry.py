@@ -77,7 +77,7 @@ def read_pointer(store: Store, model: str) -> Pointer | None:
     try:
         fields = json.loads(content)
         return Pointer(_safe(fields["version"]), int(fields["event"]), etag)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(f"{pointer_key(model)} is damaged ({error!r}); restore it from the newest event") from error
 
 
@@ -108,8 +108,8 @@ def manifest(store: Store, model: str, version: str) -> Manifest:
 
 
 def read_event(store: Store, model: str, number: int) -> Event:
-    """One event of the history."""
-    return Event(**store.get_json(event_key(model, number)))
+    """One event of the history. Raises `DataError` when it is damaged."""
+    return _event(store, event_key(model, number))
 
 
 def champion_of(store: Store, model: str, run_id: str) -> str | None:
@@ -136,7 +136,7 @@ def pull(store: Store, model: str, version: str, directory: Path) -> str:
 
 def history(store: Store, model: str) -> list[Event]:
     """Every event, oldest first."""
-    return [Event(**store.get_json(entry.key)) for entry in store.list(f"models/{model}/history/")]
+    return [_event(store, entry.key) for entry in store.list(f"models/{model}/history/")]
 
 
 def move(store: Store, model: str, version: str, *, expected: str | None, who: str, why: str) -> Event:
@@ -144,6 +144,7 @@ def move(store: Store, model: str, version: str, *, expected: str | None, who: s
 
     Moving to where it already points changes nothing. Raises `ProductionMovedError` when production is elsewhere.
     """
+    version = resolve(store, model, version)
     manifest(store, model, version)  # the pointer never names what is not there
     mine: Event | None = None
     while True:
@@ -164,9 +165,16 @@ def move(store: Store, model: str, version: str, *, expected: str | None, who: s
             store.put_json(event_key(model, number), asdict(event), if_absent=True)
             mine = event
         except ConflictError:  # another writer's event, perhaps of one that died here: its move comes first
-            event = read_event(store, model, number)
+            event = history(store, model)[-1]  # more than one ahead where the pointer was lost or restored
         with contextlib.suppress(ConflictError):  # lost: another writer finished this same event
             _write_pointer(store, model, event, pointer)
+
+
+def _event(store: Store, key: str) -> Event:
+    try:
+        return Event(**store.get_json(key))
+    except TypeError as error:
+        raise DataError(f"{key} is not an event of the history ({error})") from error
 
 
 def _write_pointer(store: Store, model: str, event: Event, over: Pointer | None) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from croniter import croniter
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from croniter import CroniterBadDateError, croniter
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from tasks.errors import SettingsError
 
@@ -25,11 +25,19 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        # Else `min_gain: false` would be the number 0, which asks for a gain.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("is no switch: true and false mean nothing here")
+        return value
+
 
 class Data(Section):
     """Where the sentence pairs come from."""
 
-    source: str = Field(description="Hub dataset (owner/name), local directory in the hub's layout, or s3:// mirror")
+    source: str = Field(min_length=1, description="Hub dataset (owner/name), local directory in the hub's layout, or s3:// mirror")
     revision: str | None = Field(
         None, description="Hub only: the commit to pull. Pinned, so that a run can be repeated"
     )
@@ -52,7 +60,7 @@ class Data(Section):
 class BaseModelSource(Section):
     """The pretrained model that every run starts from."""
 
-    source: str = Field(description="Hub model (owner/name), local directory, or s3:// mirror")
+    source: str = Field(min_length=1, description="Hub model (owner/name), local directory, or s3:// mirror")
     revision: str | None = Field(
         None, description="Hub only: the commit to pull. Pinned, so that a run can be repeated"
     )
@@ -94,7 +102,7 @@ class Training(Section):
     epochs: int = Field(3, ge=1, le=100, description="Passes over the training pairs")
     learning_rate: float = Field(3e-5, gt=0, le=10, description="Adam's step size")
     batch_size: int = Field(64, ge=1, le=4096, description="Sentence pairs a step")
-    seed: int = Field(0, ge=0, description="Fixes the order of the data and everything random")
+    seed: int = Field(0, ge=0, lt=2**32, description="Fixes the order of the data and everything random")
 
 
 class Evaluation(Section):
@@ -141,6 +149,11 @@ class Settings(Section):
     def _is_cron(cls, schedule: str | None) -> str | None:
         if schedule is not None and not croniter.is_valid(schedule):
             raise ValueError("expected a cron expression, as '0 4 * * 1'")
+        if schedule is not None:
+            try:
+                croniter(schedule).get_next()
+            except CroniterBadDateError:  # as the 31st of February
+                raise ValueError("expected a cron expression for a time that comes") from None
         return schedule
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from typing import Literal
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -59,17 +60,24 @@ def bring(source: str, revision: str | None, kind: Kind, scratch: Path) -> Sourc
             manifest = artifacts.fetch(store, key, scratch / kind)
         except MissingObjectError as error:
             raise SettingsError(f"{source} is not a mirror: {error}; make one with `python -m tasks mirror`") from error
-        return Source(scratch / kind, manifest.metadata.get("revision"))
-    if Path(source).is_dir():
+        mirrored = manifest.metadata.get("revision")
+        if revision and not str(mirrored).startswith(revision):
+            raise SettingsError(f"{source} is a mirror of revision {mirrored}, not of {revision!r}: change the revision")
+        return Source(scratch / kind, mirrored)
+    if source and Path(source).is_dir():
         if revision:
             raise SettingsError(
                 f"{source} is a local directory, which has no revision {revision!r}: remove the revision"
             )
         return Source(Path(source), None)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise SettingsError(f"{source!r} is no existing directory, no s3:// mirror and no hub name (owner/name)")
     try:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            raise HFValidationError
         snapshot = Path(snapshot_download(source, repo_type=kind, revision=revision, allow_patterns=list(FILES[kind])))
+    except HFValidationError as error:
+        raise SettingsError(
+            f"{source!r} is no existing directory, no s3:// mirror and no hub name (owner/name)"
+        ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise SettingsError(f"the hub has no {kind} {source!r} at revision {revision or 'main'!r}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, RequestException, OSError) as error:
@@ -84,6 +92,8 @@ def copy_files(directory: Path, kind: Kind, target: Path) -> None:
     """Copy what belongs to a dataset or model, links followed, leaving everything else behind."""
     for pattern in FILES[kind]:
         for path in sorted(directory.rglob(pattern)):
+            if path.is_dir():  # a folder of parts may be called train.parquet
+                continue
             copy = target / path.relative_to(directory)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)

@@ -10,20 +10,29 @@ import contextlib
 import json
 import mimetypes
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import boto3
-from boto3.exceptions import S3UploadFailedError
+from boto3.exceptions import Boto3Error, S3UploadFailedError
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConfigParseError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+from botocore.parsers import ResponseParserError
 
-from tasks.errors import RetryableError, SettingsError, StepError
+from tasks.errors import DataError, RetryableError, SettingsError, StepError
 
 TRANSFERS = 8  # files moved at once; each file may itself be moved in parts
 
@@ -60,7 +69,7 @@ class Store:
 
     def __init__(self, bucket: str) -> None:
         self.bucket = bucket
-        self.endpoint = os.environ.get("S3_ENDPOINT_URL") or None
+        self.endpoint = endpoint()
 
     def __repr__(self) -> str:
         return f"Store(s3://{self.bucket} at {self.endpoint or 'AWS'})"
@@ -112,7 +121,9 @@ class Store:
             raise StoreRefusedError(
                 "no credentials for the object store: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
             ) from error
-        except (BotoCoreError, S3UploadFailedError) as error:
+        except (ParamValidationError, ProfileNotFound, ConfigParseError) as error:
+            raise StoreRefusedError(f"cannot {action} {where}: {error}") from error
+        except (BotoCoreError, Boto3Error, ResponseParserError) as error:
             raise StoreUnreachableError(
                 f"the object store at {self.endpoint or 'AWS'} could not {action} {where}: {error}"
             ) from error
@@ -145,8 +156,11 @@ class Store:
             return answer["ETag"]
 
     def get_json(self, key: str) -> Any:
-        """An object's content, read as JSON. Raises `MissingObjectError`."""
-        return json.loads(self.get(key))
+        """An object's content, read as JSON. Raises `MissingObjectError`, and `DataError` when it is not JSON."""
+        try:
+            return json.loads(self.get(key))
+        except ValueError as error:
+            raise DataError(f"s3://{self.bucket}/{key} is damaged: it is not JSON ({error})") from error
 
     def put_json(self, key: str, value: Any, **condition: Any) -> str:
         """Write a value as JSON that people can read; conditions as in `put`."""
@@ -172,7 +186,10 @@ class Store:
     def upload(self, path: Path, key: str) -> None:
         """Copy a local file to an object, in parts where it is large."""
         with self._errors("write", key):
-            self._client.upload_file(str(path), self.bucket, key, ExtraArgs={"ContentType": content_type(key)})
+            try:
+                self._client.upload_file(str(path), self.bucket, key, ExtraArgs={"ContentType": content_type(key)})
+            except S3UploadFailedError as error:  # it hides the store's own answer, which says whether to try again
+                raise error.__context__ or error from None
 
     def download(self, key: str, path: Path) -> None:
         """Copy an object to a local file; its folder is made. Raises `MissingObjectError`."""
@@ -196,16 +213,28 @@ class Store:
         except ConflictError:
             pass
         except StepError as error:
-            if "BucketAlready" not in str(error):
+            if "BucketAlreadyOwnedByYou" not in str(error):
                 raise
 
 
 def split_uri(uri: str) -> tuple[Store, str]:
     """The store and key of `s3://BUCKET/KEY`. Raises `SettingsError` for anything else."""
-    parts = urlsplit(uri)
-    if parts.scheme != "s3" or not parts.netloc or not parts.path.strip("/"):
+    # Not urlsplit: in a key, '?' and '#' are characters like any other.
+    match = re.fullmatch(r"s3://([A-Za-z0-9][A-Za-z0-9._-]*)/+(.*[^/])/*", uri)
+    if not match:
         raise SettingsError(f"{uri!r} is not an object-store location: expected s3://BUCKET/KEY")
-    return Store(parts.netloc), parts.path.strip("/")
+    return Store(match[1]), match[2]
+
+
+def endpoint() -> str | None:
+    """`S3_ENDPOINT_URL`, or None for AWS. Raises `SettingsError` when it is no address or holds a password."""
+    url = os.environ.get("S3_ENDPOINT_URL") or None
+    if url and not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", url):
+        shown = re.sub(r"^(\w+://)?.*@", r"\1***@", url)
+        raise SettingsError(
+            f"S3_ENDPOINT_URL is {shown!r}: expected http://HOST:PORT or https://HOST, without a user or password"
+        )
+    return url
 
 
 def to_json(value: Any) -> bytes:

@@ -129,7 +129,7 @@ def test_settings_are_listed_with_what_they_mean(capsys: pytest.CaptureFixture[s
     assert "training.epochs = 4\n    Passes over the training pairs\n" in capsys.readouterr().out
 
 
-def test_models_are_listed_shown_and_pulled(
+def test_models_are_listed_shown_pulled_and_rolled_back(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], reason: Path
 ) -> None:
     bucket = ["--bucket", store.bucket]
@@ -147,6 +147,17 @@ def test_models_are_listed_shown_and_pulled(
     assert main(["models", "pull", "m", *bucket, "--version", "v2", "--to", str(tmp_path / "pulled")]) == 0
     assert "m v2 is in" in capsys.readouterr().out
     assert (tmp_path / "pulled" / "config.json").exists()
+    capsys.readouterr()
+    for _ in range(2):  # saying it twice does it once
+        assert main(["models", "rollback", "m", *bucket, "--version", "v2", "--why", "v1 is rude"]) == 0
+    assert "production is v2" in capsys.readouterr().out
+    assert main(["models", "history", "m", *bucket]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "nothing -> v1  by me: first" in first
+    assert "v1 -> v2" in second
+    assert second.endswith(": v1 is rude")
+    assert main(["models", "rollback", "m", *bucket, "--version", "v9", "--why", "?"]) == DataError.exit_code
+    assert reason.read_text() == "m has no version 'v9'"
 
 
 # Mirrors
