@@ -12,6 +12,7 @@ A step reads its inputs from the object store, writes its outputs there, and is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import getpass
 import importlib
 import json
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.command(arguments)
     except StepError as error:
-        _say_why(str(error))
+        _say_why(" ".join(str(error).split()))
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -181,8 +182,9 @@ def _say_why(reason: str) -> None:
     """Leave the one-line reason where people and Kubernetes look for it."""
     log.error("ERROR: %s", reason)
     path = Path(os.environ.get("RETRAIN_TERMINATION_LOG", "/dev/termination-log"))
-    if path.exists():
-        path.write_text(reason[:4096], encoding="utf-8")  # more than 4096 bytes is cut by Kubernetes
+    with contextlib.suppress(OSError):  # it is in the log; the exit code matters more
+        if path.exists():
+            path.write_text(reason[:4096], encoding="utf-8", errors="replace")  # Kubernetes cuts what is longer
 
 
 if __name__ == "__main__":

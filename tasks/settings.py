@@ -37,7 +37,9 @@ class Section(BaseModel):
 class Data(Section):
     """Where the sentence pairs come from."""
 
-    source: str = Field(min_length=1, description="Hub dataset (owner/name), local directory in the hub's layout, or s3:// mirror")
+    source: str = Field(
+        min_length=1, description="Hub dataset (owner/name), local directory in the hub's layout, or s3:// mirror"
+    )
     revision: str | None = Field(
         None, description="Hub only: the commit to pull. Pinned, so that a run can be repeated"
     )

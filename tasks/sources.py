@@ -62,7 +62,9 @@ def bring(source: str, revision: str | None, kind: Kind, scratch: Path) -> Sourc
             raise SettingsError(f"{source} is not a mirror: {error}; make one with `python -m tasks mirror`") from error
         mirrored = manifest.metadata.get("revision")
         if revision and not str(mirrored).startswith(revision):
-            raise SettingsError(f"{source} is a mirror of revision {mirrored}, not of {revision!r}: change the revision")
+            raise SettingsError(
+                f"{source} is a mirror of revision {mirrored}, not of {revision!r}: change the revision"
+            )
         return Source(scratch / kind, mirrored)
     if source and Path(source).is_dir():
         if revision:
@@ -70,15 +72,11 @@ def bring(source: str, revision: str | None, kind: Kind, scratch: Path) -> Sourc
                 f"{source} is a local directory, which has no revision {revision!r}: remove the revision"
             )
         return Source(Path(source), None)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source, re.ASCII):
+        raise SettingsError(f"{source!r} is no existing directory, no s3:// mirror and no hub name (owner/name)")
     try:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-            raise HFValidationError
         snapshot = Path(snapshot_download(source, repo_type=kind, revision=revision, allow_patterns=list(FILES[kind])))
-    except HFValidationError as error:
-        raise SettingsError(
-            f"{source!r} is no existing directory, no s3:// mirror and no hub name (owner/name)"
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise SettingsError(f"the hub has no {kind} {source!r} at revision {revision or 'main'!r}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, RequestException, OSError) as error:
         raise RetryableError(
