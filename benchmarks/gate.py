@@ -2,10 +2,11 @@
 
     python benchmarks/gate.py s3://retrain/runs/RUN_ID --figure docs/images/gate-power.svg
 
-The sentences and translations of one evaluated run are taken as all the sentences there are. A candidate is a mixture:
-of a share of all sentences it has one system's translation, of the rest the other's; the share is chosen so that BLEU
-over all of them differs by the wanted amount. For every point hundreds of test sets are drawn, and the gate's two
-relative checks (not worse, and better by `min_gain`, with the default confidence) decide on each.
+The sentences and translations of one evaluated run are taken as all the sentences there are. Champion and candidate are
+independent mixtures of the run's two systems: the champion has each system's translation of half of the sentences, the
+candidate the better one's of such a share that BLEU over all sentences differs by the wanted amount. So they differ in
+about half of their sentences, whatever the difference. For every point hundreds of test sets are drawn, and the gate's
+two relative checks (not worse, and better by `min_gain`) decide on each.
 
 Prints a table; writes the same as a figure.
 """
@@ -40,12 +41,17 @@ def mixture(better: np.ndarray, worse: np.ndarray, share: float, random: np.rand
 
 
 def share_for(difference: float, better: np.ndarray, worse: np.ndarray) -> float:
-    """The share of the better system's sentences with which a mixture gains so much BLEU over the worse one."""
+    """The share of the better system's sentences that a mixture needs to differ so much in BLEU from an even one."""
+
+    def bleu(share: float) -> float:
+        return bleu_from(better * share + worse * (1 - share))
+
     low, high = 0.0, 1.0
+    if not bleu(low) <= bleu(0.5) + difference <= bleu(high):
+        raise SystemExit(f"the run's systems are too alike for a difference of {difference:+} BLEU")
     for _ in range(30):
         middle = (low + high) / 2
-        gain = bleu_from(better * middle + worse * (1 - middle)) - bleu_from(worse)
-        low, high = (middle, high) if gain < difference else (low, middle)
+        low, high = (middle, high) if bleu(middle) < bleu(0.5) + difference else (low, middle)
     return low
 
 
@@ -62,6 +68,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=200, help="test sets a point")
     parser.add_argument("--margin", type=float, default=0.3, help="gate.non_inferiority_margin")
     parser.add_argument("--gain", type=float, default=0.0, help="gate.min_gain")
+    parser.add_argument("--confidence", type=float, default=Gate().confidence, help="gate.confidence")
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
 
@@ -71,25 +78,20 @@ def main() -> None:
     print(f"{len(worse):,} sentences, BLEU {bleu_from(worse):.2f} and {bleu_from(better):.2f}; {os.cpu_count()} CPUs")
 
     random = np.random.default_rng(0)
-    confidence = Gate().confidence
     rates: dict[str, list[float]] = {}
     started = time.monotonic()
     print("| true difference | " + " | ".join(f"{size:,} sentences" for size in TEST_SIZES) + " |")
     print("|---:|" + "---:|" * len(TEST_SIZES))
     for difference in DIFFERENCES:
-        share = share_for(abs(difference), better, worse)
+        share = share_for(difference, better, worse)
         row = []
         for size in TEST_SIZES:
             count = 0
             for _ in range(arguments.draws):
                 drawn = random.integers(len(worse), size=size)
-                mixed = mixture(better[drawn], worse[drawn], share, random)
-                if difference == 0:  # two systems of equal quality, which differ in a tenth of their sentences
-                    mixed, other = (mixture(better[drawn], worse[drawn], 0.05, random) for _ in range(2))
-                else:
-                    other = worse[drawn]
-                candidate, champion = (mixed, other) if difference >= 0 else (other, mixed)
-                count += promoted(candidate, champion, arguments.margin, arguments.gain, confidence)
+                candidate = mixture(better[drawn], worse[drawn], share, random)
+                champion = mixture(better[drawn], worse[drawn], 0.5, random)
+                count += promoted(candidate, champion, arguments.margin, arguments.gain, arguments.confidence)
             row.append(count / arguments.draws)
             rates.setdefault(f"{size:,} sentences", []).append(row[-1])
         print(f"| {difference:+.1f} | " + " | ".join(f"{rate:.1%}" for rate in row) + " |", flush=True)

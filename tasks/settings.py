@@ -122,7 +122,7 @@ class Gate(Section):
     min_bleu: float | None = Field(None, ge=0, le=100, description="Lowest BLEU on the test split")
     non_inferiority_margin: float | None = Field(None, ge=0, description="BLEU that may be lost against the champion")
     min_gain: float | None = Field(None, description="BLEU that must be gained over the champion; 0 asks for any gain")
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the paired bootstrap's statements")
+    confidence: float = Field(0.975, gt=0.5, lt=1, description="Confidence of the paired bootstrap's statements")
     bootstrap_samples: int = Field(1000, ge=100, le=100_000, description="Resamples of the test split")
     min_length_ratio: float | None = Field(None, ge=0, description="Shortest output, relative to the references")
     max_length_ratio: float | None = Field(None, ge=0, description="Longest output, relative to the references")

@@ -30,7 +30,6 @@ from botocore.exceptions import (
     PartialCredentialsError,
     ProfileNotFound,
 )
-from botocore.parsers import ResponseParserError
 
 from tasks.errors import DataError, RetryableError, SettingsError, StepError
 
@@ -123,7 +122,7 @@ class Store:
             ) from error
         except (ParamValidationError, ProfileNotFound, ConfigParseError) as error:
             raise StoreRefusedError(f"cannot {action} {where}: {error}") from error
-        except (BotoCoreError, Boto3Error, ResponseParserError) as error:
+        except (BotoCoreError, Boto3Error) as error:
             raise StoreUnreachableError(
                 f"the object store at {self.endpoint or 'AWS'} could not {action} {where}: {error}"
             ) from error

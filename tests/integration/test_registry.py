@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tasks import artifacts, promote, registry, reject
 from tasks.errors import DataError
@@ -134,6 +137,45 @@ def test_a_promoter_that_dies_leaves_no_fork(
         assert [event.version for event in check_history(store)] == ["1", "2"]
 
 
+def test_an_event_without_its_move_is_finished_by_the_next_promoter(
+    store: Store, publish: Callable[[Store, str], str]
+) -> None:
+    first = move(store, publish(store, "1"), None)
+    publish(store, "2")
+    event = Event(2, first.time, "somebody who died", "better", "1", "2")
+    store.put_json(registry.event_key(MODEL, 2), vars(event))
+    with pytest.raises(ProductionMovedError, match="production of m is 2, not 1"):
+        move(store, publish(store, "3"), "1")
+    assert check_history(store)[-1] == event
+    assert move(store, "3", "2").number == 3
+    assert [event.version for event in check_history(store)] == ["1", "2", "3"]
+
+
+def test_a_pointer_that_was_lost_comes_back_where_the_history_ends(
+    store: Store, publish: Callable[[Store, str], str]
+) -> None:
+    for version, before in (("1", None), ("2", "1"), ("3", "2")):
+        move(store, publish(store, version), before)
+    first = {"version": "1", "event": 1, "since": "a backup"}
+    for lose in (
+        lambda: store._client.delete_object(Bucket=store.bucket, Key=registry.pointer_key(MODEL)),
+        lambda: store.put_json(registry.pointer_key(MODEL), first),
+    ):
+        lose()
+        pointer = registry.read_pointer(store, MODEL)
+        with pytest.raises(ProductionMovedError, match="production of m is 3"):
+            move(store, "2", pointer.version if pointer else None)
+        assert [event.version for event in check_history(store)] == ["1", "2", "3"]
+
+
+def test_production_is_no_version_to_move_to(store: Store, publish: Callable[[Store, str], str]) -> None:
+    with pytest.raises(DataError, match="no version of 'm' has been promoted yet"):
+        move(store, "production", None)
+    first = move(store, publish(store, "1"), None)
+    assert move(store, "production", "1") == first
+    assert len(check_history(store)) == 1
+
+
 def test_the_pointer_never_names_what_is_not_there(store: Store) -> None:
     store.put("models/m/versions/torn/config.json", b"{}")
     for version in ("torn", "never"):
@@ -151,10 +193,47 @@ def test_a_name_that_is_no_version_is_refused(name: str, store: Store, tmp_path:
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"version": "1"}', b'{"version": "../x", "event": 1}'])
-def test_a_damaged_pointer_is_refused(content: bytes, store: Store) -> None:
+def test_a_damaged_pointer_is_refused_and_stays_as_it_is(
+    content: bytes, store: Store, publish: Callable[[Store, str], str]
+) -> None:
+    publish(store, "1")
     store.put("models/m/production.json", content)
     with pytest.raises(DataError):
         registry.read_pointer(store, MODEL)
+    with pytest.raises(DataError):
+        move(store, "1", None)
+    assert store.get("models/m/production.json") == content
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["version", "event"]), inner),
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(JSON | st.fixed_dictionaries({"version": JSON, "event": JSON}))
+def test_whatever_is_in_the_pointers_place_is_a_pointer_or_refused(bucket: Store, content: Any) -> None:
+    bucket.put(registry.pointer_key("any"), json.dumps(content).encode())
+    try:
+        pointer = registry.read_pointer(bucket, "any")
+    except DataError:
+        return
+    assert pointer
+    assert "/" not in registry.version_prefix("any", pointer.version).removeprefix("models/any/versions/")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"number": 1}'])
+def test_a_damaged_event_is_refused(content: bytes, store: Store, publish: Callable[[Store, str], str]) -> None:
+    move(store, publish(store, "1"), None)
+    store.put(registry.event_key(MODEL, 1), content)
+    for read in (
+        lambda: registry.history(store, MODEL),
+        lambda: registry.read_event(store, MODEL, 1),
+        lambda: registry.champion_of(store, MODEL, "run"),
+    ):
+        with pytest.raises(DataError, match=r"history/00000001\.json is"):
+            read()
 
 
 def test_a_service_pulls_production_or_a_version(
@@ -168,6 +247,22 @@ def test_a_service_pulls_production_or_a_version(
     assert (tmp_path / "model" / "config.json").read_text() == "2"
     assert registry.pull(store, MODEL, "1", tmp_path / "model") == "1"
     assert (tmp_path / "model" / "config.json").read_text() == "1"
+
+
+def test_a_service_never_receives_a_damaged_version(
+    store: Store, publish: Callable[[Store, str], str], tmp_path: Path
+) -> None:
+    move(store, publish(store, "1"), None)
+    move(store, publish(store, "2"), "1")
+    registry.pull(store, MODEL, "1", tmp_path / "model")
+    for damage, message in {
+        lambda key: store.put(key, b"3"): "is not the file that its manifest names",
+        lambda key: store._client.delete_object(Bucket=store.bucket, Key=key): "does not exist, though its manifest",
+    }.items():
+        damage("models/m/versions/2/config.json")
+        with pytest.raises(DataError, match=message):
+            registry.pull(store, MODEL, "production", tmp_path / "model")
+        assert (tmp_path / "model" / "config.json").read_text() == "1"
 
 
 def test_a_runs_champion_is_what_stood_before_it(store: Store, publish: Callable[[Store, str], str]) -> None:
@@ -233,6 +328,57 @@ def test_promote_refuses_when_production_has_moved_meanwhile(store: Store, tmp_p
     with pytest.raises(ProductionMovedError, match="run the pipeline again"):
         promote.run(late)
     assert [event.version for event in check_history(store)] == [version]
+
+
+def test_a_run_that_is_promoted_again_after_another_does_not_undo_the_other(store: Store, tmp_path: Path) -> None:
+    first = judged(store, tmp_path, "r1", "promote", None)
+    one = promote.run(first)["version"]
+    second = judged(store, tmp_path, "r2", "promote", one)
+    two = promote.run(second)["version"]
+    with pytest.raises(ProductionMovedError):
+        promote.run(first)
+    assert [event.version for event in check_history(store)] == [one, two]
+
+
+@pytest.mark.parametrize("step", ["gate", "train", "pull", "evaluate"])
+def test_promote_without_a_result_says_which_and_moves_nothing(step: str, store: Store, tmp_path: Path) -> None:
+    run = judged(store, tmp_path, "r1", "promote", None)
+    store._client.delete_object(Bucket=store.bucket, Key=run.key("results", f"{step}.json"))
+    with pytest.raises(DataError, match=f"has no result of the {step} step: run it first"):
+        promote.run(Run.at(run.uri))
+    assert registry.read_pointer(store, MODEL) is None
+    assert registry.versions(store, MODEL) == []
+
+
+def test_a_candidate_that_was_tampered_with_is_not_promoted(store: Store, tmp_path: Path) -> None:
+    run = judged(store, tmp_path, "r1", "promote", None)
+    store.put(run.key("candidate", "config.json"), b"r2")
+    with pytest.raises(DataError, match="is not the file that its manifest names"):
+        promote.run(run)
+    assert registry.read_pointer(store, MODEL) is None
+    assert registry.versions(store, MODEL) == []
+
+
+def test_a_promotion_that_was_cut_off_is_finished_by_the_next_try(store: Store, tmp_path: Path) -> None:
+    run = judged(store, tmp_path, "r1", "promote", None)
+    for writes in range(3):  # manifest, event, pointer: files are uploaded another way
+        run.store = Dying(store.bucket, writes)
+        if writes:
+            run.store.left -= 1  # the manifest is there by now
+        with pytest.raises(StoreUnreachableError):
+            promote.run(run)
+        assert registry.read_pointer(store, MODEL) is None
+    run.store = store
+    version = promote.run(run)["version"]
+    assert [event.version for event in check_history(store)] == [version]
+
+
+def test_reject_leaves_production_where_it_is(store: Store, tmp_path: Path) -> None:
+    version = promote.run(judged(store, tmp_path, "r1", "promote", None))["version"]
+    result = reject.run(judged(store, tmp_path, "r2", "reject", version))
+    assert result["production"] == version
+    assert result["summary"].startswith(f"production stays at {version}; 1 checks failed: BLEU is too low.")
+    assert len(check_history(store)) == 1
 
 
 def test_each_outcome_refuses_the_other_decision(store: Store, tmp_path: Path) -> None:

@@ -191,7 +191,8 @@ def test_the_same_dag_runs_in_pods(monkeypatch: pytest.MonkeyPatch) -> None:
     bag = DagBag(ROOT / "dags")
     assert bag.import_errors == {}
     dag = bag.dags["retrain_en_es"]
-    with_gpu = {task.task_id for task in dag.tasks if getattr(task, "container_resources", None)}
+    templates = {task.task_id: Path(task.pod_template_file) for task in dag.tasks if task.task_id in {*WORK, "report"}}
+    with_gpu = {name for name, template in templates.items() if "nvidia.com/gpu: " in template.read_text()}
     assert with_gpu == {"train", "evaluate"}
     DagSerialization.serialize_dag(dag)
 

@@ -1,0 +1,175 @@
+"""Where datasets and base models come from: a directory, a mirror in the store, the hub; and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks import artifacts, sources
+from tasks.__main__ import main
+from tasks.errors import DataError, RetryableError, SettingsError
+from tasks.storage import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+CORPUS = ROOT / "examples" / "demo" / "corpus"
+MODEL = ROOT / "examples" / "demo" / "base-model"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A base model's directory, with all that people leave in one."""
+    directory = tmp_path / "model"
+    (directory / ".git").mkdir(parents=True)
+    for name in ("model.safetensors", "config.json", "spiece.model", "README.md", "pytorch_model.bin", ".git/HEAD"):
+        (directory / name).write_text(name)
+    return directory
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def test_a_local_directory_is_used_where_it_is(tmp_path: Path) -> None:
+    assert sources.bring(str(CORPUS), None, "dataset", tmp_path) == sources.Source(CORPUS, None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("kind", "original"), [("dataset", CORPUS), ("model", MODEL)])
+def test_a_mirror_made_on_the_command_line_holds_the_original(
+    kind: sources.Kind, original: Path, store: Store, tmp_path: Path
+) -> None:
+    uri = f"s3://{store.bucket}/mirrors/{kind}"
+    assert main(["mirror", str(original), "--kind", kind, "--to", uri]) == 0
+    brought = sources.bring(uri, None, kind, tmp_path)
+    assert brought.revision is None
+    assert files_in(brought.directory) == files_in(original)
+    assert artifacts.read_manifest(store, f"mirrors/{kind}").metadata["source"] == str(original)
+
+
+def test_a_mirror_of_a_mirror_is_the_same(bucket: Store, model: Path, tmp_path: Path) -> None:
+    one, two = (f"s3://{bucket.bucket}/copies/{name}" for name in ("one", "two"))
+    first = sources.mirror(str(model), None, "model", one)
+    assert sources.mirror(one, None, "model", two).fingerprint == first.fingerprint
+    assert set(files_in(sources.bring(two, None, "model", tmp_path).directory)) == {
+        *("model.safetensors", "config.json", "spiece.model", "README.md"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("revision", "accepted"), [(None, True), ("7bcac572ce56", True), ("7bcac5", True), ("805090d", False)]
+)
+def test_a_mirror_is_of_the_revision_that_is_asked_for(
+    revision: str | None, accepted: bool, bucket: Store, model: Path, tmp_path: Path
+) -> None:
+    artifacts.publish(bucket, "pinned", model, {"source": "google/flan-t5-base", "revision": "7bcac572ce56"})
+    uri = f"s3://{bucket.bucket}/pinned"
+    if accepted:
+        assert sources.bring(uri, revision, "model", tmp_path / "scratch").revision == "7bcac572ce56"
+    else:
+        with pytest.raises(SettingsError, match=f"is a mirror of revision 7bcac572ce56, not of '{revision}'"):
+            sources.bring(uri, revision, "model", tmp_path / "scratch")
+
+
+def test_a_mirror_of_a_local_directory_has_no_revision(bucket: Store, model: Path, tmp_path: Path) -> None:
+    uri = f"s3://{bucket.bucket}/local"
+    sources.mirror(str(model), None, "model", uri)
+    with pytest.raises(SettingsError, match="is a mirror of revision None, not of 'None1'"):
+        sources.bring(uri, "None1", "model", tmp_path / "one")
+    with pytest.raises(SettingsError, match="not of 'N'"):
+        sources.bring(uri, "N", "model", tmp_path / "two")
+
+
+def test_a_mirror_that_was_tampered_with_is_refused(store: Store, model: Path, tmp_path: Path) -> None:
+    uri = f"s3://{store.bucket}/mirrors/m"
+    sources.mirror(str(model), None, "model", uri)
+    store.put("mirrors/m/model.safetensors", b"other weights")
+    with pytest.raises(DataError, match="is not the file that its manifest names"):
+        sources.bring(uri, None, "model", tmp_path / "scratch")
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_pickled_weights_alone_are_no_model(store: Store, model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"has no \*\.safetensors: a base model's weights are read from safetensors"):
+        sources.mirror(str(model), None, "model", f"s3://{store.bucket}/mirrors/m")
+    assert not list(store.list("mirrors/"))
+
+
+def test_a_directory_without_tables_is_no_dataset(store: Store, model: Path) -> None:
+    with pytest.raises(DataError, match=r"has no \*\.parquet: expected a dataset in the hub's layout"):
+        sources.mirror(str(model), None, "dataset", f"s3://{store.bucket}/mirrors/d")
+    assert not list(store.list("mirrors/"))
+
+
+def test_a_table_in_parts_is_copied_with_its_folder(tmp_path: Path) -> None:
+    parts = tmp_path / "data" / "en-es" / "train.parquet"
+    parts.mkdir(parents=True)
+    for number in range(2):
+        (parts / f"part-{number}.parquet").write_text(str(number))
+    sources.copy_files(tmp_path / "data", "dataset", tmp_path / "copy")
+    assert files_in(tmp_path / "copy") == files_in(tmp_path / "data")
+
+
+def test_links_as_in_the_hubs_cache_are_followed(model: Path, tmp_path: Path) -> None:
+    blob = tmp_path / "blob"
+    (model / "model.safetensors").rename(blob)
+    (model / "model.safetensors").symlink_to(blob)
+    sources.copy_files(model, "model", tmp_path / "copy")
+    assert (tmp_path / "copy" / "model.safetensors").read_text() == "model.safetensors"
+    assert not (tmp_path / "copy" / "model.safetensors").is_symlink()
+    blob.unlink()
+    with pytest.raises(FileNotFoundError):  # and not a copy without the weights
+        sources.copy_files(model, "model", tmp_path / "again")
+
+
+def test_a_local_directory_has_no_revision(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="is a local directory, which has no revision 'main': remove the revision"):
+        sources.bring(str(model), "main", "model", tmp_path)
+
+
+def test_a_place_without_a_mirror_is_refused(store: Store, tmp_path: Path) -> None:
+    store.put("mirrors/torn/model.safetensors", b"")  # an upload that never finished
+    for name in ("torn", "none"):
+        with pytest.raises(SettingsError, match="is not a mirror: .*; make one with `python -m tasks mirror`"):
+            sources.bring(f"s3://{store.bucket}/mirrors/{name}", None, "model", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "source", ["", " ", "model", "not a name", "../model", "./model", "/no/such/model", "a/b/c", "ñ/ñ"]
+)
+def test_a_name_that_is_nothing_is_refused(source: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        SettingsError, match=r"is no existing directory, no s3:// mirror and no hub name \(owner/name\)"
+    ):
+        sources.bring(source, None, "model", tmp_path)
+
+
+@given(st.text() | st.from_regex(r"[\w.-]+/[\w.-]+", fullmatch=True))
+def test_any_name_is_refused_or_may_be_on_the_hub(source: str) -> None:
+    with pytest.raises((SettingsError, RetryableError)):
+        sources.bring(source, None, "model", Path("nowhere"))
+
+
+@pytest.mark.parametrize("kind", ["dataset", "model"])
+def test_a_hub_that_does_not_answer_is_worth_another_try(kind: sources.Kind, tmp_path: Path) -> None:
+    with pytest.raises(RetryableError, match="'owner/name' is no directory here, and the hub did not answer") as caught:
+        sources.bring("owner/name", "805090d", kind, tmp_path)
+    assert "or set the source to a local directory or an s3:// mirror" in str(caught.value)
+
+
+def test_a_name_that_the_hub_does_not_know_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub cannot be reached from a test: only its answer is made up."""
+
+    def answer(*_: object, **__: object) -> str:
+        raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+
+    monkeypatch.setattr(sources, "snapshot_download", answer)
+    with pytest.raises(SettingsError, match="the hub has no model 'owner/name' at revision 'main'"):
+        sources.bring("owner/name", None, "model", tmp_path)
