@@ -93,7 +93,7 @@ def check_all(metrics: dict[str, Any], bleu: dict[str, np.ndarray], limits: Gate
     candidate, champion = metrics.get("candidate", {}), metrics.get("champion", {})
     gains = bootstrap_gains(bleu["candidate"], bleu["champion"], limits.bootstrap_samples)
     surely = float(np.quantile(gains, 1 - limits.confidence))
-    with_confidence = f"With {limits.confidence:.0%} confidence BLEU changes by {{observed:+.3f}} or better"
+    with_confidence = f"With {100 * limits.confidence:g}% confidence BLEU changes by {{observed:+.3f}} or better"
     checks = [
         Check(
             name="data valid",

@@ -61,9 +61,9 @@ def bring(source: str, revision: str | None, kind: Kind, scratch: Path) -> Sourc
         except MissingObjectError as error:
             raise SettingsError(f"{source} is not a mirror: {error}; make one with `python -m tasks mirror`") from error
         mirrored = manifest.metadata.get("revision")
-        if revision and not str(mirrored).startswith(revision):
+        if revision and not str(mirrored or "").startswith(revision):
             raise SettingsError(
-                f"{source} is a mirror of revision {mirrored}, not of {revision!r}: change the revision"
+                f"{source} is a mirror of {mirrored or 'no revision'}, not of {revision!r}: change the revision"
             )
         return Source(scratch / kind, mirrored)
     if source and Path(source).is_dir():

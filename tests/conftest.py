@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +31,8 @@ os.environ.update(airflow_settings.environment(_home, airflow_settings.new_secre
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = object_store.HOST  # a developer's proxy knows nothing of loopback
 os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(ROOT / ".cache" / "hypothesis")
+hypothesis.settings.register_profile("retrain", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("retrain")
 
 from tasks.storage import Store  # noqa: E402
 

@@ -205,7 +205,7 @@ JSON = st.recursive(
 ENTRIES = st.fixed_dictionaries({"path": JSON, "size": JSON, "sha256": JSON})
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(JSON | st.fixed_dictionaries({"files": st.lists(ENTRIES)}))
 def test_whatever_is_in_a_manifests_place_is_a_manifest_or_refused(bucket: Store, content: Any) -> None:
     bucket.put("any/manifest.json", json.dumps(content).encode("utf-8", "surrogatepass"))

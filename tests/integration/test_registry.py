@@ -211,7 +211,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(JSON | st.fixed_dictionaries({"version": JSON, "event": JSON}))
 def test_whatever_is_in_the_pointers_place_is_a_pointer_or_refused(bucket: Store, content: Any) -> None:
     bucket.put(registry.pointer_key("any"), json.dumps(content).encode())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tasks import artifacts, sources
@@ -72,17 +72,16 @@ def test_a_mirror_is_of_the_revision_that_is_asked_for(
     if accepted:
         assert sources.bring(uri, revision, "model", tmp_path / "scratch").revision == "7bcac572ce56"
     else:
-        with pytest.raises(SettingsError, match=f"is a mirror of revision 7bcac572ce56, not of '{revision}'"):
+        with pytest.raises(SettingsError, match=f"is a mirror of 7bcac572ce56, not of '{revision}'"):
             sources.bring(uri, revision, "model", tmp_path / "scratch")
 
 
 def test_a_mirror_of_a_local_directory_has_no_revision(bucket: Store, model: Path, tmp_path: Path) -> None:
     uri = f"s3://{bucket.bucket}/local"
     sources.mirror(str(model), None, "model", uri)
-    with pytest.raises(SettingsError, match="is a mirror of revision None, not of 'None1'"):
-        sources.bring(uri, "None1", "model", tmp_path / "one")
-    with pytest.raises(SettingsError, match="not of 'N'"):
-        sources.bring(uri, "N", "model", tmp_path / "two")
+    for number, revision in enumerate(("7bcac57", "None", "N")):
+        with pytest.raises(SettingsError, match=f"is a mirror of no revision, not of '{revision}'"):
+            sources.bring(uri, revision, "model", tmp_path / str(number))
 
 
 def test_a_mirror_that_was_tampered_with_is_refused(store: Store, model: Path, tmp_path: Path) -> None:
@@ -136,7 +135,7 @@ def test_a_local_directory_has_no_revision(model: Path, tmp_path: Path) -> None:
 def test_a_place_without_a_mirror_is_refused(store: Store, tmp_path: Path) -> None:
     store.put("mirrors/torn/model.safetensors", b"")  # an upload that never finished
     for name in ("torn", "none"):
-        with pytest.raises(SettingsError, match="is not a mirror: .*; make one with `python -m tasks mirror`"):
+        with pytest.raises(SettingsError, match=r"is not a mirror: .*; make one with `python -m tasks mirror`"):
             sources.bring(f"s3://{store.bucket}/mirrors/{name}", None, "model", tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -153,6 +152,7 @@ def test_a_name_that_is_nothing_is_refused(source: str, tmp_path: Path) -> None:
 
 @given(st.text() | st.from_regex(r"[\w.-]+/[\w.-]+", fullmatch=True))
 def test_any_name_is_refused_or_may_be_on_the_hub(source: str) -> None:
+    assume(not Path(source).is_dir())
     with pytest.raises((SettingsError, RetryableError)):
         sources.bring(source, None, "model", Path("nowhere"))
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tasks.errors import SettingsError
-from tasks.settings import FIXED, Gate, Settings, Training, form_fields, load, parse_overrides
+from tasks.settings import FIXED, Settings, Training, form_fields, load, parse_overrides
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
 DEMO = CONFIG / "demo.yaml"
@@ -61,6 +61,16 @@ def test_the_files_that_come_with_the_project_are_valid(file: Path) -> None:
         ({"gate.max_empty": 2}, "gate.max_empty: .*less than or equal to 1, found 2"),
         ({"gate.min_length_ratio": 3}, r"gate.min_length_ratio \(3.0\) is above gate.max_length_ratio \(1.2\)"),
         ({"name": "My Model"}, "name: .*found 'My Model'"),
+        ({"schedule": "0 0 31 2 *"}, "schedule: expected a cron expression for a time that comes, found '0 0 31 2 .'"),
+        ({"schedule": ""}, "schedule: expected a cron expression.*found ''"),
+        ({"training.seed": 2**32}, "training.seed: Input should be less than 4294967296, found 4294967296"),
+        ({"gate.min_gain": False}, "gate.min_gain: is no switch: true and false mean nothing here, found False"),
+        ({"training.epochs": True}, "training.epochs: is no switch.*found True"),
+        ({"gate": True}, "gate: is no switch.*found True"),
+        ({"gate": [1]}, r"gate: Input should be a valid dictionary.*found \[1\]"),
+        ({"force": "perhaps"}, "force: Input should be a valid boolean.*found 'perhaps'"),
+        ({"data.source": ""}, "data.source: String should have at least 1 character, found ''"),
+        ({"base_model.source": ""}, "base_model.source: String should have at least 1 character, found ''"),
         ({"schedule": "every monday"}, "schedule: expected a cron expression.*found 'every monday'"),
         ({"data": None}, "data: Field required"),
         ({"data.source": None}, "data.source: Field required"),
@@ -94,6 +104,14 @@ def test_a_setting_is_changed_by_its_name() -> None:
     assert load(DEMO).training.epochs == 4
 
 
+def test_a_setting_of_a_section_that_the_file_leaves_out_can_be_changed(edited: Any) -> None:
+    assert load(edited({"training": None}), {"training.epochs": 7}).training == Training(epochs=7)
+
+
+def test_numbers_may_be_written_as_text_which_yaml_makes_of_1e_3() -> None:
+    assert load(DEMO, {"training.learning_rate": "1e-3"}).training.learning_rate == 0.001
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -102,6 +120,8 @@ def test_a_setting_is_changed_by_its_name() -> None:
         ("training", {"epochs": 1}, "training is a section: name one of its settings"),
         ("training.epochs.more", 1, "training.epochs.more is not a setting: epochs is a value, not a section"),
         ("", 1, "is not a setting"),
+        ("training", 5, "training: Input should be a valid dictionary.*found 5"),
+        ("training", None, "training: Input should be a valid dictionary.*found None"),
     ],
 )
 def test_what_a_run_may_not_change_is_refused(name: str, value: Any, message: str) -> None:
@@ -137,20 +157,48 @@ def test_the_form_has_every_setting_but_the_fixed_ones() -> None:
     assert set(form_fields(settings)) == leaves(settings.model_dump()) - set(FIXED)
 
 
-NUMBERS = st.one_of(st.integers(-10, 200_000), st.floats(allow_nan=False, allow_infinity=False), st.none())
+def json_types(field: dict[str, Any]) -> list[str]:
+    return field["type"] if isinstance(field["type"], list) else [field["type"]]
 
 
-@given(st.sampled_from([*Training.model_fields, *Gate.model_fields]), NUMBERS)
+FORM = form_fields(load(DEMO))
+NUMERIC = [name for name, field in FORM.items() if {"integer", "number"} & set(json_types(field))]
+NUMBERS = st.one_of(
+    st.integers(-10, 200_000),
+    st.floats(-1e15, 1e15),
+    st.sampled_from([0, 1, 0.5, 8, 100, 1024, 4096, 100_000, 2**32 - 1, 2**32]),
+    st.none(),
+    st.booleans(),
+)
+
+
+@given(st.sampled_from(NUMERIC), NUMBERS)
 def test_the_form_refuses_a_number_just_when_the_settings_do(name: str, value: float | None) -> None:
-    section, model = ("training", Training) if name in Training.model_fields else ("gate", Gate)
-    field = form_fields(load(DEMO))[f"{section}.{name}"]
-    schema = {key: value for key, value in field.items() if key not in {"default", "section"}}
+    section, _, leaf = name.partition(".")
+    model = type(getattr(load(DEMO), section))
+    required = {"source": "x", "prompt": ""}
+    content = {other: required[other] for other, field in model.model_fields.items() if field.is_required()}
     try:
-        model.model_validate({name: value})
+        model.model_validate({**content, leaf: value})
         accepted = True
     except ValidationError:
         accepted = False
+    schema = {key: value for key, value in FORM[name].items() if key not in {"default", "section"}}
     assert jsonschema.Draft202012Validator(schema).is_valid(value) == accepted
+
+
+@given(st.sampled_from(NUMERIC), st.integers(-10, 5000) | st.floats(allow_nan=True), st.booleans())
+def test_an_override_is_what_the_file_could_say(name: str, value: float, as_text: bool) -> None:
+    """Given by name, or by name on a command line: accepted with that value, or refused by that name."""
+    given_ = parse_overrides([f"{name}={json.dumps(value)}"]) if as_text else {name: value}
+    try:
+        settings = load(DEMO, given_)
+    except SettingsError as error:
+        section_wide = "gate.min_length_ratio" in str(error) and name.startswith("gate.")
+        assert f"{DEMO}: {name}: " in str(error) or section_wide
+    else:
+        section, _, leaf = name.partition(".")
+        assert getattr(getattr(settings, section), leaf) == value
 
 
 def test_settings_survive_being_written_down() -> None:
