@@ -20,6 +20,7 @@ from typing import Any
 from tasks import artifacts, registry
 from tasks.artifacts import MANIFEST
 from tasks.errors import DataError
+from tasks.registry import ProductionMovedError
 from tasks.run import Run
 
 
@@ -33,6 +34,7 @@ def run(run: Run) -> dict[str, Any]:
         candidate = Path(scratch) / "candidate"
         fingerprint = artifacts.fetch(run.store, run.result("train")["candidate"], candidate).fingerprint
         version = f"{run.config['created'][:10]}-{fingerprint[:10]}"
+        refuse_to_undo_a_rollback(run, version)
         prefix = registry.version_prefix(name, version)
         if not run.store.exists(f"{prefix}/{MANIFEST}"):
             artifacts.publish(run.store, prefix, candidate, {"version": version, **describe(run)})
@@ -41,6 +43,19 @@ def run(run: Run) -> dict[str, Any]:
     )
     before = f"instead of {event.before}" if event.before else "as its first version"
     return {"summary": f"{name} {version} is in production {before}", "version": version, "event": event.number}
+
+
+def refuse_to_undo_a_rollback(run: Run, version: str) -> None:
+    """Raise `ProductionMovedError` when this run has promoted this version before, and production has left it since."""
+    pointer = registry.read_pointer(run.store, run.settings.name)
+    if pointer is None or pointer.version == version:
+        return
+    for event in registry.history(run.store, run.settings.name):
+        if (event.who, event.version) == (run.id, version) and event.number <= pointer.event:
+            raise ProductionMovedError(
+                f"{run.id} promoted {version} at {event.time}, and production has moved to {pointer.version} since: "
+                f"to bring it back, use `python -m tasks models rollback`"
+            )
 
 
 def describe(run: Run) -> dict[str, Any]:

@@ -296,7 +296,7 @@ def judged(store: Store, tmp_path: Path, name: str, decision: str, champion: str
         run.key("config.json"), {"settings": settings, "created": "2026-11-24T00:00:00+00:00", "code_version": "c"}
     )
     check = {"name": "BLEU", "observed": 1.0, "required": ">= 2", "passed": False, "sentence": "BLEU is too low."}
-    for step, result in {
+    results: dict[str, dict[str, Any]] = {
         "pull": {"inputs": "i", "dataset": "d", "base_model": "b"},
         "train": {"candidate": run.key("candidate")},
         "evaluate": {"bleu": {"candidate": 2.0, "champion": 1.0}, "champion": champion},
@@ -306,7 +306,8 @@ def judged(store: Store, tmp_path: Path, name: str, decision: str, champion: str
             "summary": f"{decision}: because",
             "checks": [check] if decision == "reject" else [],
         },
-    }.items():
+    }
+    for step, result in results.items():
         run.save_result(step, result)
     return run
 
@@ -338,6 +339,18 @@ def test_a_run_that_is_promoted_again_after_another_does_not_undo_the_other(stor
     with pytest.raises(ProductionMovedError):
         promote.run(first)
     assert [event.version for event in check_history(store)] == [one, two]
+
+
+def test_a_run_that_is_promoted_again_does_not_undo_a_rollback(store: Store, tmp_path: Path) -> None:
+    before = promote.run(judged(store, tmp_path, "r1", "promote", None))["version"]
+    run = judged(store, tmp_path, "r2", "promote", before)
+    version = promote.run(run)["version"]
+    move(store, before, version, who="a person")
+    with pytest.raises(
+        ProductionMovedError, match=f"r2 promoted {version} at .*, and production has moved to {before}"
+    ):
+        promote.run(run)
+    assert [event.version for event in check_history(store)] == [before, version, before]
 
 
 @pytest.mark.parametrize("step", ["gate", "train", "pull", "evaluate"])
