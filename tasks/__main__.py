@@ -24,7 +24,7 @@ from pathlib import Path
 
 import tasks
 from tasks import registry, settings
-from tasks.errors import StepError
+from tasks.errors import SettingsError, StepError
 from tasks.run import Run
 from tasks.storage import Store, to_json
 
@@ -143,6 +143,8 @@ def _show_model(arguments: argparse.Namespace) -> None:
 
 
 def _pull_model(arguments: argparse.Namespace) -> None:
+    if arguments.to.exists():  # whatever is in it would give way to the model
+        raise SettingsError(f"--to {arguments.to}: is there already; name a directory that is not")
     version = registry.pull(Store(arguments.bucket), arguments.model, arguments.version, arguments.to)
     print(f"{arguments.model} {version} is in {arguments.to}, every file verified")
 

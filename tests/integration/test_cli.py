@@ -146,6 +146,9 @@ def test_models_are_listed_shown_pulled_and_rolled_back(
     assert json.loads(capsys.readouterr().out)["version"] == "v1"
     assert main(["models", "pull", "m", *bucket, "--version", "v2", "--to", str(tmp_path / "pulled")]) == 0
     assert "m v2 is in" in capsys.readouterr().out
+    assert main(["models", "pull", "m", *bucket, "--to", str(tmp_path)]) == SettingsError.exit_code
+    assert "is there already" in reason.read_text()
+    assert (tmp_path / "model" / "config.json").exists()
     assert (tmp_path / "pulled" / "config.json").exists()
     capsys.readouterr()
     for _ in range(2):  # saying it twice does it once
