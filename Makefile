@@ -16,7 +16,7 @@ INDEX = $(or $(UV_DEFAULT_INDEX),$(PIP_INDEX_URL),$(shell $(BIN)/pip config get 
 INSTALL = $(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) \
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes --requirement
 COMPILE = $(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) \
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --upgrade
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate $(if $(UPGRADE),--upgrade)
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -52,7 +52,7 @@ demo-assets: setup ## make the demo's corpus and base model again
 compose-env: setup ## write .env with random passwords for docker-compose.yaml
 	@$(RUN) scripts.compose_env
 
-lock: setup ## compile requirements*.txt anew, with the newest versions that requirements*.in allow
+lock: setup ## compile requirements*.txt anew; `make lock UPGRADE=1` takes the newest versions that the .in files allow
 	$(COMPILE) requirements.in --output-file requirements.txt
 	$(COMPILE) requirements-dev.in --output-file requirements-dev.txt
 
