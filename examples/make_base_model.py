@@ -37,8 +37,9 @@ from datasets import load_dataset
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import T5Config, T5TokenizerFast
 
-from tasks.model import decoder_states, loss_meter, make_batch, new_model, save_model, token_losses, translate
+from tasks.model import decoder_states, loss_meter, make_batch, new_model, save_model, token_losses
 from tasks.preprocess import tokenise
+from tasks.translation import translate
 
 log = logging.getLogger("make_base_model")
 

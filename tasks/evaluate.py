@@ -25,12 +25,13 @@ import pandas as pd
 from datasets import DatasetDict
 
 from tasks import artifacts, registry
-from tasks.model import load_model, loss_meter, translate
+from tasks.model import load_model, loss_meter
 from tasks.prepared import fetch_prepared
 from tasks.run import Run
 from tasks.scoring import bleu_from, bleu_statistics, corpus_scores
 from tasks.settings import Settings
 from tasks.tokenizer import load_tokenizer
+from tasks.translation import translate
 
 log = logging.getLogger(__name__)
 

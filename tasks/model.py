@@ -1,4 +1,4 @@
-"""T5 models on disk and in TensorFlow: read, write, freeze, translate.
+"""T5 models on disk and in TensorFlow: read, write, freeze, and measure.
 
 On disk a model is a standard `from_pretrained` directory with safetensors in PyTorch's names and layout, because that
 is what the hub has and what most services load. TensorFlow's own `save_pretrained` writes TensorFlow names, which
@@ -31,7 +31,6 @@ from transformers.modeling_tf_pytorch_utils import (  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from tasks.errors import DataError  # noqa: E402
-from tasks.progress import Progress  # noqa: E402
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -206,50 +205,3 @@ def make_batch(
     input_ids = pad(inputs, pad_id)
     mask = (np.arange(input_ids.shape[1]) < np.array([len(row) for row in inputs])[:, None]).astype(np.int32)
     return tf.constant(input_ids), tf.constant(mask), tf.constant(pad(labels, pad_id))
-
-
-def translate(
-    model: Any,
-    tokenizer: Any,
-    sentences: Sequence[str],
-    *,
-    prompt: str,
-    max_tokens: int = 128,
-    max_new_tokens: int = 128,
-    batch_size: int = 64,
-    label: str = "translate",
-) -> list[str]:
-    """Greedy translations, in the order of the sentences.
-
-    Sentences of similar length share a batch and every batch of a width runs the same compiled graph, which gives the
-    outputs of one sentence at a time, many times faster.
-    """
-    if not sentences:
-        return []
-    encoded = tokenizer([prompt + s for s in sentences], truncation=True, max_length=max_tokens)["input_ids"]
-    pad_id = model.config.pad_token_id
-
-    @tf.function(reduce_retracing=False)
-    def generate(input_ids: tf.Tensor, attention_mask: tf.Tensor) -> tf.Tensor:
-        return model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            num_beams=1,
-            do_sample=False,
-        )
-
-    translations = [""] * len(sentences)
-    progress = Progress(label, total=len(sentences), unit="sentences")
-    for batch in length_batches([len(row) for row in encoded], batch_size):
-        input_ids = pad([encoded[i] for i in batch], pad_id)
-        missing = batch_size - len(batch)
-        if missing > 0 and len(sentences) > batch_size:  # a short last batch would be traced anew
-            input_ids = np.concatenate([input_ids, np.repeat(input_ids[-1:], missing, axis=0)])
-        mask = (input_ids != pad_id).astype(np.int32)
-        outputs = generate(tf.constant(input_ids), tf.constant(mask)).numpy()[: len(batch)]
-        for row, text in zip(batch, tokenizer.batch_decode(outputs, skip_special_tokens=True), strict=True):
-            translations[row] = text
-        progress.advance(len(batch))
-    progress.close()
-    return translations

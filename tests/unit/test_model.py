@@ -29,7 +29,6 @@ from tasks.model import (
     parameter_table,
     save_model,
     token_losses,
-    translate,
 )
 from tasks.settings import Training
 from tasks.tokenizer import load_tokenizer
@@ -271,18 +270,3 @@ def test_batches_hold_every_row_longest_first(lengths: list[int], batch_size: in
     assert sorted(order) == list(range(len(lengths)))
     assert [lengths[row] for row in order] == sorted(lengths, reverse=True)
     assert all(len(batch) <= batch_size for batch in batches)
-
-
-# Translation
-
-
-def test_batches_translate_as_one_sentence_at_a_time(model: Any, tokenizer: Any) -> None:
-    sentences = ["My wife has a car.", "Yes.", "", "Where is the computer that my father bought yesterday?", "Yes."]
-    together = translate(model, tokenizer, sentences, prompt=PROMPT, max_new_tokens=24, batch_size=2)
-    alone = []
-    for sentence in sentences:
-        ids = tokenizer(PROMPT + sentence, return_tensors="tf")
-        output = model.generate(**ids, max_new_tokens=24, num_beams=1, do_sample=False)
-        alone.append(tokenizer.decode(output[0], skip_special_tokens=True))
-    assert together == alone
-    assert translate(model, tokenizer, [], prompt=PROMPT) == []
