@@ -22,6 +22,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scripts.preflight import NotReadyError
+
 HOST = "127.0.0.1"
 
 
@@ -120,9 +122,19 @@ def server(kind: str, folder: Path, port: int, credentials: Credentials, *, cons
 
 
 def find_minio(*more_folders: Path) -> str | None:
-    """The MinIO binary: `MINIO_BINARY`, else `minio` on PATH or in one of these folders."""
+    """The MinIO binary: `MINIO_BINARY`, else `minio` on PATH or in one of these folders.
+
+    Raises `NotReadyError` where `MINIO_BINARY` names something else than a program.
+    """
+    if named := os.environ.get("MINIO_BINARY"):
+        if not shutil.which(named):
+            raise NotReadyError(
+                f"MINIO_BINARY is {named!r}, which is no program that can be run: correct it, or unset it to use the "
+                f"minio on PATH or else MiniStack."
+            )
+        return named
     path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, more_folders)])
-    return os.environ.get("MINIO_BINARY") or shutil.which("minio", path=path)
+    return shutil.which("minio", path=path)
 
 
 def answers(port: int, path: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import preflight
+from scripts import object_store, preflight
 from scripts.preflight import NotReadyError
 from scripts.processes import Background, lives
 from scripts.stack import Stack, environment, write_private
@@ -51,6 +51,12 @@ def test_a_port_in_use_is_named_with_the_variable_that_changes_it() -> None:
         with pytest.raises(NotReadyError, match=f"Port {port}, which is for Airflow, .*RETRAIN_AIRFLOW_PORT=PORT"):
             preflight.check_run({port: ("Airflow", "RETRAIN_AIRFLOW_PORT")})
     preflight.check_run({port: ("Airflow", "RETRAIN_AIRFLOW_PORT")})
+
+
+def test_a_wrong_minio_binary_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MINIO_BINARY", str(tmp_path / "minio"))
+    with pytest.raises(NotReadyError, match=r"MINIO_BINARY is '.*/minio', which is no program.*correct it, or unset"):
+        object_store.find_minio()
 
 
 def test_too_little_space_is_refused() -> None:
