@@ -46,7 +46,7 @@ def run(run: Run) -> dict[str, Any]:
     champion = registry.champion_of(run.store, settings.name, run.id)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        data = fetch_prepared(run, scratch)
+        data = fetch_prepared(run, scratch).splits
         if champion:
             registry.pull(run.store, settings.name, champion, scratch / "champion")
         else:

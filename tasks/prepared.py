@@ -1,17 +1,40 @@
-"""Prepared data, as the steps after `preprocess` read it."""
+"""Prepared data, as the steps after `preprocess` read it.
+
+prepared/FINGERPRINT/{train,validation,test}/    Arrow: source, target (text), input_ids, labels (unpadded)
+prepared/FINGERPRINT/tokenizer/                  the run's tokenizer, with extension.json (see `tasks.tokenizer`)
+"""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import DatasetDict
 
 from tasks import artifacts
 from tasks.run import Run
+from tasks.tokenizer import EXTENSION
+
+TOKENIZER = "tokenizer"
 
 
-def fetch_prepared(run: Run, scratch: Path) -> DatasetDict:
-    """The run's tokenised splits, verified and memory-mapped from `scratch`."""
+@dataclass(frozen=True)
+class Prepared:
+    """A run's tokenised splits, memory-mapped; its tokenizer's directory; the characters which that has gained.
+
+    `extension` has a row a character: `char`, `id` of its embedding row, `like`, the id of the row it starts from.
+    """
+
+    splits: DatasetDict
+    tokenizer: Path
+    extension: list[dict[str, Any]]
+
+
+def fetch_prepared(run: Run, scratch: Path) -> Prepared:
+    """The run's prepared data, verified, in `scratch`."""
     directory = scratch / "prepared"
     artifacts.fetch(run.store, run.result("preprocess")["prepared"], directory)
-    return DatasetDict.load_from_disk(directory)
+    extension = json.loads((directory / TOKENIZER / EXTENSION).read_text(encoding="utf-8"))
+    return Prepared(DatasetDict.load_from_disk(directory), directory / TOKENIZER, extension)

@@ -4,8 +4,10 @@
 
 Reads    datasets/NAME/PAIR/FINGERPRINT/*.parquet, runs/RUN_ID/validation/quarantine.parquet, the tokenizer
 Writes   prepared/FINGERPRINT/{train,validation,test}/   Arrow: source, target (text), input_ids, labels (unpadded)
+         prepared/FINGERPRINT/tokenizer/                 the base model's tokenizer and the characters that it lacked,
+                                                         extension.json: their embedding rows (see `tasks.tokenizer`)
          prepared/FINGERPRINT/manifest.json
-Result   the key, and how many sequences were truncated
+Result   the key, how many sequences were truncated, how many characters were added
 
 The fingerprint is made of everything that the output depends on, so unchanged input costs one look-up.
 """
@@ -23,21 +25,22 @@ import pandas as pd
 from datasets import Dataset, DatasetDict
 
 from tasks import artifacts
+from tasks.prepared import TOKENIZER
 from tasks.pull import DATASET_MANIFEST, SPLITS
 from tasks.run import Run
 from tasks.storage import MissingObjectError, to_json
-from tasks.tokenizer import fetch_tokenizer
+from tasks.tokenizer import extend, fetch_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raised when this module makes something else of the same input
+FORMAT = 2  # raised when this module makes something else of the same input
 
 
 def run(run: Run) -> dict[str, Any]:
     """Tokenise the usable pairs of every split, unless the very same has been done before."""
     settings = run.settings.preprocessing
     pulled = run.result("pull")
-    run.result("validate")
+    characters = run.result("validate")["characters"]["added"]
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         run.store.download(run.key("validation", "quarantine.parquet"), scratch / "quarantine.parquet")
@@ -47,6 +50,7 @@ def run(run: Run) -> dict[str, Any]:
             "dataset": pulled["dataset"],
             "quarantined": sorted(zip(aside["split"], (int(row) for row in aside["row"]), strict=True)),
             "tokenizer": pulled["base_model"],
+            "characters": characters,
             "settings": settings.model_dump(),
         }
         key = f"prepared/{hashlib.sha256(to_json(inputs)).hexdigest()[:32]}"
@@ -54,7 +58,11 @@ def run(run: Run) -> dict[str, Any]:
             about = artifacts.read_manifest(run.store, key).metadata
             log.info("%s is in the store already", key)
         except MissingObjectError:
-            tokenizer = fetch_tokenizer(run.store, pulled["base_model"], scratch)
+            prepared_directory = scratch / "prepared"
+            extend(
+                fetch_tokenizer(run.store, pulled["base_model"], scratch), characters, prepared_directory / TOKENIZER
+            )
+            tokenizer = load_tokenizer(prepared_directory / TOKENIZER)
             artifacts.fetch(run.store, pulled["dataset"], scratch / "data", manifest_name=DATASET_MANIFEST)
             prepared = DatasetDict()
             for split in SPLITS:
@@ -62,13 +70,15 @@ def run(run: Run) -> dict[str, Any]:
                 texts = texts.drop(index=aside.loc[aside["split"] == split, "row"])
                 prepared[split] = tokenise(texts, tokenizer, settings.prompt, settings.max_tokens)
             about = {
+                "characters": "".join(characters),
                 "rows": {split: rows.num_rows for split, rows in prepared.items()},
                 "truncated": {split: sum(rows["truncated"][:]) for split, rows in prepared.items()},
             }
-            prepared.remove_columns("truncated").save_to_disk(scratch / "prepared")
-            artifacts.publish(run.store, key, scratch / "prepared", about)
+            prepared.remove_columns("truncated").save_to_disk(prepared_directory)
+            artifacts.publish(run.store, key, prepared_directory, about)
     rows, cut = sum(about["rows"].values()), sum(about["truncated"].values())
-    return {"summary": f"{rows:,} pairs in {key}, {cut:,} truncated", "prepared": key, **about}
+    summary = f"{rows:,} pairs in {key}, {cut:,} truncated, {len(characters)} characters added to the tokenizer"
+    return {"summary": summary, "prepared": key, **about}
 
 
 def tokenise(texts: pd.DataFrame, tokenizer: Any, prompt: str, max_tokens: int) -> Dataset:

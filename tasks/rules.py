@@ -39,8 +39,8 @@ RULES = (
 )
 
 
-def mark(frames: dict[str, pd.DataFrame], limits: Validation, unknown: Callable[[list[str]], list[float]]) -> None:
-    """Add to each split a column for every rule, `usable` (none of them broken) and `unknown_share` (0 to 1)."""
+def mark(frames: dict[str, pd.DataFrame], limits: Validation) -> None:
+    """Add to each split a column for every rule, and `usable`: none of them broken."""
     judged_later: set[str] = set()
     for split in reversed(SPLITS):  # test first: what it holds may stand in neither of the others
         frame = frames[split]
@@ -58,7 +58,6 @@ def mark(frames: dict[str, pd.DataFrame], limits: Validation, unknown: Callable[
         frame["leaked"] = (normal["source"].isin(judged_later) | normal["target"].isin(judged_later)) & ~frame["blank"]
         judged_later |= set(normal["source"]) | set(normal["target"])
         frame["usable"] = ~frame[[rule.column for rule in RULES]].any(axis=1)
-        frame["unknown_share"] = unknown(list(target))
 
 
 def normalise(text: str) -> str:

@@ -54,7 +54,7 @@ def run(run: Run) -> dict[str, Any]:
     settings = run.settings.training
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        data = fetch_prepared(run, scratch)
+        data = fetch_prepared(run, scratch).splits
         artifacts.fetch(run.store, run.result("pull")["base_model"], scratch / "base")
         model, tokenizer = load_model(scratch / "base"), load_tokenizer(scratch / "base")
         freeze_trunk(model)

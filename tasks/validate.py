@@ -6,7 +6,8 @@ Reads    datasets/NAME/PAIR/FINGERPRINT/*.parquet, the base model's tokenizer
 Writes   runs/RUN_ID/validation/result.json          what Great Expectations found, split by split
          runs/RUN_ID/validation/docs/index.html      the same as Data Docs, for people
          runs/RUN_ID/validation/quarantine.parquet   the pairs set aside: split, row, source, target, reasons
-Result   rows, usable and quarantined pairs of each split, and how many for which reason
+Result   rows, usable and quarantined pairs of each split, and how many for which reason; `characters`: those of the
+         target language that the tokenizer lacks, `added` in spare embedding rows or `left_out` for want of rows
 
 A pair that breaks a rule about pairs is set aside. A split with too few usable pairs, too many set aside, or too many
 tokens that the tokenizer cannot express fails the step.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ import pandas as pd
 
 from tasks import artifacts
 from tasks.errors import DataError
+from tasks.preprocess import normalise
 from tasks.pull import DATASET_MANIFEST, SPLITS
 from tasks.rules import RULES, mark, quarantine
 from tasks.run import Run
 from tasks.settings import Validation
 from tasks.storage import to_json
-from tasks.tokenizer import fetch_tokenizer
+from tasks.tokenizer import choose, embedding_rows, extend, fetch_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +47,13 @@ def run(run: Run) -> dict[str, Any]:
         artifacts.fetch(run.store, pulled["dataset"], data, manifest_name=DATASET_MANIFEST)
         tokenizer = fetch_tokenizer(run.store, pulled["base_model"], Path(scratch))
         frames = {split: pd.read_parquet(data / f"{split}.parquet") for split in SPLITS}
-        mark(frames, settings.validation, lambda texts: unknown_shares(tokenizer, texts))
+        mark(frames, settings.validation)
+        seen = count_characters(frames["train"])
+        characters = choose(tokenizer, seen, embedding_rows(run.store, pulled["base_model"]))
+        extend(tokenizer, characters.added, Path(scratch) / "extended")
+        extended = load_tokenizer(Path(scratch) / "extended")
+        for frame in frames.values():
+            frame["unknown_share"] = unknown_shares(extended, frame["target"].fillna("").tolist())
         docs = Path(scratch) / "docs"
         result = judge(frames, settings.validation, docs)
         quarantined = quarantine(frames)
@@ -65,7 +74,13 @@ def run(run: Run) -> dict[str, Any]:
         "usable": counts,
         "quarantined": {rule.column: sum(int(frame[rule.column].sum()) for frame in frames.values()) for rule in RULES},
         "unknown_rate": {split: round(float(frame["unknown_share"].mean()), 5) for split, frame in frames.items()},
+        "characters": characters._asdict(),
     }
+
+
+def count_characters(train: pd.DataFrame) -> Counter[str]:
+    """How often each character occurs in the usable targets, as `preprocess` will have them."""
+    return Counter(char for text in train.loc[train["usable"], "target"] for char in normalise(text))
 
 
 def unknown_shares(tokenizer: Any, texts: list[str]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,11 @@ from datasets import DatasetDict
 
 from tasks import artifacts, registry
 from tasks.__main__ import main
+from tasks.prepared import fetch_prepared
 from tasks.pull import DATASET_MANIFEST
 from tasks.run import Run
 from tasks.storage import Store
+from tasks.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 Pair = tuple[str | None, str | None]
@@ -259,6 +262,30 @@ def test_bad_pairs_are_set_aside_with_reasons_and_never_trained_on(
     assert table["row"].tolist() == [0, 1, 2, 3]
     assert table["reasons"].tolist() == ["blank", "markup", "identical", "leaked"]
     assert result(store, "preprocess")["rows"]["train"] == len(CLEAN["train"])
+
+
+def test_characters_that_the_tokenizer_lacks_get_spare_embedding_rows(
+    store: Store, corpus: Make, step: Callable[..., int], tmp_path: Path
+) -> None:
+    model = tmp_path / "base"
+    shutil.copytree(ROOT / "examples" / "demo" / "base-model", model)
+    config = json.loads((model / "config.json").read_text())
+    config["vocab_size"] += 2
+    (model / "config.json").write_text(json.dumps(config))
+    pairs = {split: [(source, f"ł{target}") for source, target in CLEAN[split]] for split in CLEAN}
+    pairs["train"][:3] = [(source, f"δ{target}ж") for source, target in CLEAN["train"][:3]]
+    pairs["train"][0] = ("ЯЯЯ", "ЯЯЯ")  # set aside: its characters do not count
+    pairs["train"][5] = (CLEAN["train"][5][0], f"{CLEAN['train'][5][1]} Ω")
+    source = corpus(pairs)
+    assert step("pull", "validate", "preprocess", source=source, **{"base_model.source": str(model)}) == 0
+    assert result(store, "validate")["characters"] == {"added": ["ł", "δ"], "left_out": {"ж": 2, "Ω": 1}}
+    prepared = fetch_prepared(Run.at(f"s3://{store.bucket}/runs/r"), tmp_path)
+    assert [(row["char"], row["id"]) for row in prepared.extension] == [("ł", 2400), ("δ", 2401)]
+    tokenizer = load_tokenizer(prepared.tokenizer)
+    for rows in prepared.splits.values():
+        for labels, target in zip(rows["labels"][:], rows["target"][:], strict=True):
+            decoded = tokenizer.decode(labels, skip_special_tokens=True)
+            assert decoded == target or set(target) & {"ж", "Ω"}
 
 
 def test_preprocessing_the_same_again_is_one_look_up(
