@@ -28,7 +28,7 @@ demo-reject: setup ## the same with a harmful setting: the gate refuses, and pro
 	@$(RUN) scripts.local demo --reject
 
 test: .venv/installed-dev lint ## every check: lint, types, and tests against real servers
-	@$(RUN) pytest
+	@$(RUN) pytest --numprocesses 2 --dist loadfile
 
 setup: .venv/installed ## make .venv and install the libraries in it; nothing when they are there
 
