@@ -182,11 +182,12 @@ def _mirror(arguments: argparse.Namespace) -> None:
 
 def _say_why(reason: str) -> None:
     """Leave the one-line reason where people and Kubernetes look for it."""
+    reason = reason.encode(errors="replace").decode()  # a file's name need not be text
     log.error("ERROR: %s", reason)
     path = Path(os.environ.get("RETRAIN_TERMINATION_LOG", "/dev/termination-log"))
     with contextlib.suppress(OSError):  # it is in the log; the exit code matters more
         if path.exists():
-            path.write_text(reason[:4096], encoding="utf-8", errors="replace")  # Kubernetes cuts what is longer
+            path.write_text(reason[:4096], encoding="utf-8")  # Kubernetes cuts what is longer
 
 
 if __name__ == "__main__":
