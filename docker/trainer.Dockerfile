@@ -20,6 +20,7 @@ COPY config config
 COPY dags dags
 COPY k8s/pods k8s/pods
 COPY plugins plugins
+COPY retrain_models retrain_models
 COPY tasks tasks
 COPY examples/demo/corpus examples/demo/corpus
 COPY examples/demo/base-model examples/demo/base-model

@@ -23,8 +23,9 @@ import time
 from pathlib import Path
 
 import tasks
-from tasks import registry, settings
+from tasks import registry, retention, settings
 from tasks.errors import SettingsError, StepError
+from tasks.progress import Progress
 from tasks.run import Run
 from tasks.storage import Store, to_json
 
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--pipeline", type=Path, default=Path("config/en-es.yaml"))
     listing.set_defaults(command=_list_settings)
 
-    models = commands.add_parser("models", help="look at, pull and roll back published models").add_subparsers(
+    models = commands.add_parser("models", help="look at, pull, roll back and prune published models").add_subparsers(
         required=True, metavar="COMMAND"
     )
     for name, (action, purpose) in MODEL_ACTIONS.items():
@@ -93,13 +94,30 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("model", help="the model's name, as demo")
         command.add_argument("--bucket", default=os.environ.get("RETRAIN_BUCKET", "retrain"))
         command.set_defaults(command=action)
+        if name == "alias":
+            command.add_argument("alias", help="as staging; production is moved by promote and rollback")
+        if name == "diff":
+            command.add_argument("old", help="a version or an alias")
+            command.add_argument("new", help="a version or an alias")
         if name in {"show", "pull"}:
-            command.add_argument("--version", default=registry.PRODUCTION, help="a version, or production")
+            command.add_argument("--version", default=registry.PRODUCTION, help="a version, or an alias as production")
+        if name in {"alias", "withdraw"}:
+            command.add_argument("--version", required=True, help="the version that is meant")
+        if name == "rollback":
+            command.add_argument("--version", help="the version that production shall be (default: the one before)")
+        if name in {"alias", "rollback", "withdraw"}:
+            command.add_argument("--why", required=True, help="the reason, for the history")
         if name == "pull":
             command.add_argument("--to", required=True, type=Path, help="the directory to make")
-        if name == "rollback":
-            command.add_argument("--version", required=True, help="the version that production shall be")
-            command.add_argument("--why", required=True, help="the reason, for the history")
+        if name == "prune":
+            command.add_argument("--keep", type=_positive, default=10, help="how many versions, and moves, are recent")
+            command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+
+    prune = commands.add_parser("prune-runs", help="delete the checkpoints and candidates of old runs")
+    prune.add_argument("--days", type=_positive, default=30, help="how old is old")
+    prune.add_argument("--bucket", default=os.environ.get("RETRAIN_BUCKET", "retrain"))
+    prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    prune.set_defaults(command=_prune_runs)
 
     mirror = commands.add_parser("mirror", help="copy a dataset or a base model into the object store, once")
     mirror.add_argument("source", help="a hub name (owner/name), a local directory or another mirror")
@@ -130,11 +148,20 @@ def _list_settings(arguments: argparse.Namespace) -> None:
         print(f"{name} = {json.dumps(field['default'], ensure_ascii=False)}\n    {field.get('description', '')}")
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def _list_models(arguments: argparse.Namespace) -> None:
-    store = Store(arguments.bucket)
-    production = registry.read_pointer(store, arguments.model)
-    for version in registry.versions(store, arguments.model):
-        print(f"{version}{'  <- production' if production and production.version == version else ''}")
+    store, model = Store(arguments.bucket), arguments.model
+    notes = {version: ["withdrawn"] for version in registry.withdrawn(store, model)}
+    for alias, version in registry.aliases(registry.history(store, model)).items():
+        notes.setdefault(version, []).append(alias)
+    for version in registry.versions(store, model):
+        print(f"{version}  <- {', '.join(notes[version])}" if version in notes else version)
 
 
 def _show_model(arguments: argparse.Namespace) -> None:
@@ -142,35 +169,85 @@ def _show_model(arguments: argparse.Namespace) -> None:
     print(to_json(manifest.to_dict()).decode())
 
 
+def _compare_models(arguments: argparse.Namespace) -> None:
+    store, model = Store(arguments.bucket), arguments.model
+    old, new = (registry.manifest(store, model, version) for version in (arguments.old, arguments.new))
+    for line in registry.diff(old, new):
+        print(line)
+
+
 def _pull_model(arguments: argparse.Namespace) -> None:
     if arguments.to.exists():  # whatever is in it would give way to the model
         raise SettingsError(f"--to {arguments.to}: is there already; name a directory that is not")
-    version = registry.pull(Store(arguments.bucket), arguments.model, arguments.version, arguments.to)
-    print(f"{arguments.model} {version} is in {arguments.to}, every file verified")
+    store, model = Store(arguments.bucket), arguments.model
+    size = registry.manifest(store, model, arguments.version).size
+    with Progress(f"pull {model}", size, "bytes") as progress:
+        version = registry.pull(store, model, arguments.version, arguments.to, advance=progress.advance)
+    print(f"{model} {version} is in {arguments.to}, every file verified")
 
 
 def _show_history(arguments: argparse.Namespace) -> None:
     for event in registry.history(Store(arguments.bucket), arguments.model):
-        print(
-            f"{event.number}  {event.time}  {event.before or 'nothing'} -> {event.version}  by {event.who}: {event.why}"
-        )
+        what = f"{event.alias}: {event.before or 'nothing'} -> " if event.action == "move" else f"{event.action} "
+        print(f"{event.number}  {event.time}  {what}{event.version}  by {event.who}: {event.why}")
 
 
 def _roll_back(arguments: argparse.Namespace) -> None:
-    store = Store(arguments.bucket)
-    current = registry.resolve(store, arguments.model, registry.PRODUCTION)
+    store, model = Store(arguments.bucket), arguments.model
+    current = registry.resolve(store, model, registry.PRODUCTION)
+    version = arguments.version or registry.predecessor(store, model)
+    event = registry.move(store, model, version, expected=current, who=getpass.getuser(), why=arguments.why)
+    print(f"{model}: production is {event.version}, and was {current}")
+
+
+def _set_alias(arguments: argparse.Namespace) -> None:
+    store, model, alias = Store(arguments.bucket), arguments.model, arguments.alias
+    pointer = registry.read_pointer(store, model, alias)
+    current = pointer.version if pointer else None
     event = registry.move(
-        store, arguments.model, arguments.version, expected=current, who=getpass.getuser(), why=arguments.why
+        store, model, arguments.version, expected=current, who=getpass.getuser(), why=arguments.why, alias=alias
     )
-    print(f"{arguments.model}: production is {event.version}, and was {current}")
+    print(f"{model}: {alias} is {event.version}, and was {current or 'not set'}")
+
+
+def _withdraw(arguments: argparse.Namespace) -> None:
+    store, model = Store(arguments.bucket), arguments.model
+    event = registry.withdraw(store, model, arguments.version, who=getpass.getuser(), why=arguments.why)
+    print(f"{model} {event.version} was withdrawn at {event.time}: no alias will stand for it again")
+
+
+def _prune_models(arguments: argparse.Namespace) -> None:
+    store, model, keep = Store(arguments.bucket), arguments.model, arguments.keep
+    plan = retention.plan_versions(store, model, keep)
+    for version in plan.versions:
+        print(f"version {version}: neither among the last {keep}, nor named by an alias or a recent move")
+    _carry_out(store, plan, arguments, model=model, why=f"the last {keep} are kept")
+
+
+def _prune_runs(arguments: argparse.Namespace) -> None:
+    store = Store(arguments.bucket)
+    _carry_out(store, retention.plan_runs(store, arguments.days), arguments)
+
+
+def _carry_out(store: Store, plan: retention.Plan, arguments: argparse.Namespace, **about: str) -> None:
+    if not arguments.dry_run:
+        retention.carry_out(store, plan, who=getpass.getuser(), **about)
+    print(
+        f"{len(plan.versions)} versions, {len(plan.objects)} objects ({plan.size:,} bytes) and {len(plan.uploads)} "
+        f"unfinished uploads {'would be' if arguments.dry_run else 'were'} deleted"
+    )
 
 
 MODEL_ACTIONS = {
     "list": (_list_models, "list the versions, and which is in production"),
     "show": (_show_model, "show a version's manifest: files, metrics, lineage"),
-    "history": (_show_history, "list what moved production, when, by whom and why"),
+    "diff": (_compare_models, "list what differs between two versions: files, metrics, lineage"),
+    "history": (_show_history, "list what was done to versions and aliases, when, by whom and why"),
     "pull": (_pull_model, "download a version, every file verified"),
     "rollback": (_roll_back, "point production at another version"),
+    "alias": (_set_alias, "point another alias, as staging, at a version"),
+    "withdraw": (_withdraw, "never let an alias stand for a version again"),
+    "prune": (_prune_models, "delete old versions, and files that no version names"),
 }
 
 

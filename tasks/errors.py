@@ -1,31 +1,10 @@
 """The ways a step can fail, told apart by exit code so that an orchestrator knows what to do about each.
 
-The codes are those of BSD's sysexits.h. What can change by itself is worth retrying; bad data and bad settings are not.
+They are those of `retrain_models`, which reads the store for steps and services alike.
 """
 
+from retrain_models.errors import DataError, RetryableError, SettingsError, StepError
 
-class StepError(Exception):
-    """A failure that one sentence explains: what was found, what was expected, what to do."""
-
-    exit_code = 1
-
-
-class SettingsError(StepError):
-    """A setting is unknown, impossible or refused by a server. Never retried."""
-
-    exit_code = 78  # EX_CONFIG
-
-
-class DataError(StepError):
-    """The data or a model is not fit for use. Never retried."""
-
-    exit_code = 65  # EX_DATAERR
-
-
-class RetryableError(StepError):
-    """The world was not ready: a store unreachable, a node lost. Worth another try."""
-
-    exit_code = 75  # EX_TEMPFAIL
-
+__all__ = ["NEVER_RETRY", "DataError", "RetryableError", "SettingsError", "StepError"]
 
 NEVER_RETRY = frozenset({SettingsError.exit_code, DataError.exit_code, 2})  # 2: argparse refused the command line

@@ -3,9 +3,10 @@
     python -m tasks promote --run s3://retrain/runs/RUN_ID
 
 Reads    runs/RUN_ID/gate.json, candidate/
-Writes   models/NAME/versions/VERSION/...   manifest.json last, with metrics and lineage
-         models/NAME/history/NUMBER.json    the event
-         models/NAME/production.json        the pointer, moved only if it is where evaluate found it
+Writes   models/NAME/files/SHA256                    what no earlier version has
+         models/NAME/versions/VERSION/manifest.json  with metrics and lineage
+         models/NAME/history/NUMBER.json             the event
+         models/NAME/production.json                 the pointer, moved only if it is where evaluate found it
 Result   the version
 
 A version is named by the run's date and the candidate's content, so promoting the same run again is the same version.
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from tasks import artifacts, registry
-from tasks.artifacts import MANIFEST
 from tasks.errors import DataError
 from tasks.registry import ProductionMovedError
 from tasks.run import Run
@@ -35,11 +35,15 @@ def run(run: Run) -> dict[str, Any]:
         fingerprint = artifacts.fetch(run.store, run.result("train")["candidate"], candidate).fingerprint
         version = f"{run.config['created'][:10]}-{fingerprint[:10]}"
         refuse_to_undo_a_rollback(run, version)
-        prefix = registry.version_prefix(name, version)
-        if not run.store.exists(f"{prefix}/{MANIFEST}"):
-            artifacts.publish(run.store, prefix, candidate, {"version": version, **describe(run)})
+        registry.publish(run.store, name, version, candidate, {"version": version, **describe(run)})
     event = registry.move(
-        run.store, name, version, expected=gate["champion_version"], who=run.id, why=run.result("gate")["summary"]
+        run.store,
+        name,
+        version,
+        expected=gate["champion_version"],
+        who=run.id,
+        why=gate["summary"],
+        gate={check["name"]: check["observed"] for check in gate["checks"]},
     )
     before = f"instead of {event.before}" if event.before else "as its first version"
     return {"summary": f"{name} {version} is in production {before}", "version": version, "event": event.number}

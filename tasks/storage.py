@@ -1,141 +1,65 @@
 """The one door to the object store: a bucket, its objects, and what can go wrong with them.
 
-Everything the steps keep goes through `Store`; no other module imports boto3. Credentials, region and endpoint come
-from the usual AWS chain (`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, a workload identity, ...) and from `S3_ENDPOINT_URL`.
+Everything the steps keep goes through `Store`; no other module imports boto3. Reading is `retrain_models.storage`,
+which says how the store and the credentials are found. For writing, `S3_ENCRYPTION` asks for an encryption at rest
+(`AES256`, or `aws:kms` with a key in `S3_KMS_KEY_ID`) where the bucket's own default is not the right one.
+
+A store without conditional writes can be used with `RETRAIN_STORE_LOCK`, the path of a file that every writer can lock:
+it takes the place of the condition.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import mimetypes
 import os
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import boto3
 from boto3.exceptions import Boto3Error, S3UploadFailedError
-from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConfigParseError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
+
+from retrain_models.errors import (
+    ConflictError,
+    MissingObjectError,
+    StoreRefusedError,
+    StoreUnreachableError,
 )
+from retrain_models.storage import Bucket, StoredObject, in_parallel
+from tasks.errors import SettingsError, StepError
 
-from tasks.errors import DataError, RetryableError, SettingsError, StepError
-
-TRANSFERS = 8  # files moved at once; each file may itself be moved in parts
-
-
-class MissingObjectError(StepError):
-    """There is no object under this key."""
-
-
-class ConflictError(StepError):
-    """A conditional write lost: somebody else wrote the object first."""
-
-
-class StoreUnreachableError(RetryableError):
-    """The store did not answer, or answered that it is in trouble."""
+__all__ = [
+    "ConflictError",
+    "MissingObjectError",
+    "Store",
+    "StoreRefusedError",
+    "StoreUnreachableError",
+    "StoredObject",
+    "in_parallel",
+    "split_uri",
+    "to_json",
+]
 
 
-class StoreRefusedError(SettingsError):
-    """The store answered, and will not: credentials, permission, or no such bucket."""
-
-
-@dataclass(frozen=True)
-class StoredObject:
-    """What a listing says of an object: its key and its size in bytes."""
-
-    key: str
-    size: int
-
-
-class Store:
-    """One bucket of an S3-compatible object store.
+class Store(Bucket):
+    """One bucket of an S3-compatible object store, for reading and writing.
 
     Raises, from every method: `StoreUnreachableError` (retry), `StoreRefusedError` (never retry).
     """
 
-    def __init__(self, bucket: str) -> None:
-        self.bucket = bucket
-        self.endpoint = endpoint()
-
-    def __repr__(self) -> str:
-        return f"Store(s3://{self.bucket} at {self.endpoint or 'AWS'})"
-
-    @cached_property
-    def _client(self) -> Any:
-        # A client may be shared by threads; the session that makes it may not, so it is not the default one.
-        return boto3.session.Session().client(
-            "s3",
-            endpoint_url=self.endpoint,
-            region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
-            config=Config(
-                connect_timeout=5,
-                read_timeout=60,
-                max_pool_connections=2 * TRANSFERS,
-                retries={"mode": "standard"},  # AWS_MAX_ATTEMPTS says how often
-                # Newer checksum headers are refused by some S3 servers; manifests carry our own SHA-256.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            ),
-        )
-
     @contextlib.contextmanager
     def _errors(self, action: str, key: str = "") -> Iterator[None]:
-        """Translate what boto3 raises into one sentence of ours."""
-        where = f"s3://{self.bucket}/{key}"
-        try:
-            yield
-        except ClientError as error:
-            code = error.response.get("Error", {}).get("Code", "")
-            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            if code == "NoSuchBucket":
-                raise StoreRefusedError(
-                    f"there is no bucket {self.bucket!r} at {self.endpoint or 'AWS'}: create it, or set RETRAIN_BUCKET"
-                ) from error
-            if code in {"NoSuchKey", "404", "NotFound"}:
-                raise MissingObjectError(f"{where} does not exist") from error
-            if code in {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}:
-                raise ConflictError(f"{where} was written by somebody else in the meantime") from error
-            if status in {401, 403}:
-                raise StoreRefusedError(
-                    f"the object store refused to {action} {where} ({code}): check the AWS credentials and the "
-                    f"permission for this prefix"
-                ) from error
-            if status >= 500 or status == 429:
-                raise StoreUnreachableError(f"the object store failed to {action} {where} ({code})") from error
-            raise StepError(f"the object store could not {action} {where}: {error}") from error
-        except (NoCredentialsError, PartialCredentialsError) as error:
-            raise StoreRefusedError(
-                "no credentials for the object store: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
-            ) from error
-        except (ParamValidationError, ProfileNotFound, ConfigParseError) as error:
-            raise StoreRefusedError(f"cannot {action} {where}: {error}") from error
-        except (BotoCoreError, Boto3Error) as error:
-            raise StoreUnreachableError(
-                f"the object store at {self.endpoint or 'AWS'} could not {action} {where}: {error}"
-            ) from error
-
-    def get(self, key: str) -> bytes:
-        """An object's bytes. Raises `MissingObjectError`."""
-        return self.get_tagged(key)[0]
-
-    def get_tagged(self, key: str) -> tuple[bytes, str]:
-        """An object's bytes and the ETag that a conditional write needs. Raises `MissingObjectError`."""
-        with self._errors("read", key):
-            answer = self._client.get_object(Bucket=self.bucket, Key=key)
-            return answer["Body"].read(), answer["ETag"]
+        with super()._errors(action, key):
+            try:
+                yield
+            except S3UploadFailedError as error:  # it hides the store's own answer, which says whether to try again
+                raise error.__context__ or StoreUnreachableError(str(error)) from None
+            except Boto3Error as error:
+                where = f"s3://{self.bucket}/{key}"
+                raise StoreUnreachableError(f"the object store could not {action} {where}: {error}") from error
 
     def put(self, key: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False) -> str:
         """Write an object and return its ETag.
@@ -143,6 +67,9 @@ class Store:
         With `if_match` only over the version with that ETag, with `if_absent` only where there is none:
         otherwise `ConflictError`, and nothing is written.
         """
+        lock = os.environ.get("RETRAIN_STORE_LOCK")
+        if lock and (if_match is not None or if_absent):
+            return self._put_locked(Path(lock), key, data, if_match)
         condition: dict[str, str] = {}
         if if_match is not None:
             condition["IfMatch"] = if_match
@@ -150,64 +77,69 @@ class Store:
             condition["IfNoneMatch"] = "*"
         with self._errors("write", key):
             answer = self._client.put_object(
-                Bucket=self.bucket, Key=key, Body=data, ContentType=content_type(key), **condition
+                Bucket=self.bucket, Key=key, Body=data, ContentType=content_type(key), **encryption(), **condition
             )
             return answer["ETag"]
 
-    def get_json(self, key: str) -> Any:
-        """An object's content, read as JSON. Raises `MissingObjectError`, and `DataError` when it is not JSON."""
+    def _put_locked(self, lock: Path, key: str, data: bytes, if_match: str | None) -> str:
+        """The same, by looking first, while nobody else may write."""
         try:
-            return json.loads(self.get(key))
-        except ValueError as error:
-            raise DataError(f"s3://{self.bucket}/{key} is damaged: it is not JSON ({error})") from error
+            file = lock.open("a")
+        except OSError as error:
+            raise SettingsError(f"RETRAIN_STORE_LOCK is {str(lock)!r}, which cannot be opened: {error}") from error
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                found: str | None = self.get_tagged(key)[1]
+            except MissingObjectError:
+                found = None
+            if found != if_match:
+                raise ConflictError(f"s3://{self.bucket}/{key} was written by somebody else in the meantime")
+            return self.put(key, data)
 
     def put_json(self, key: str, value: Any, **condition: Any) -> str:
         """Write a value as JSON that people can read; conditions as in `put`."""
         return self.put(key, to_json(value), **condition)
 
-    def exists(self, key: str) -> bool:
-        """Whether there is an object under exactly this key."""
-        try:
-            with self._errors("look up", key):
-                self._client.head_object(Bucket=self.bucket, Key=key)
-        except MissingObjectError:
-            return False
-        return True
-
-    def list(self, prefix: str) -> Iterator[StoredObject]:
-        """Every object whose key starts with `prefix`, in key order."""
-        with self._errors("list", prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
-            for page in pages:
-                for entry in page.get("Contents", []):
-                    yield StoredObject(entry["Key"], entry["Size"])
-
-    def upload(self, path: Path, key: str) -> None:
-        """Copy a local file to an object, in parts where it is large."""
+    def upload(self, path: Path, key: str, *, advance: Callable[[int], Any] | None = None) -> None:
+        """Copy a local file to an object, in parts where it is large; `advance` is told of bytes as they leave."""
         with self._errors("write", key):
-            try:
-                self._client.upload_file(str(path), self.bucket, key, ExtraArgs={"ContentType": content_type(key)})
-            except S3UploadFailedError as error:  # it hides the store's own answer, which says whether to try again
-                raise error.__context__ or error from None
+            self._client.upload_file(
+                str(path),
+                self.bucket,
+                key,
+                ExtraArgs={"ContentType": content_type(key), **encryption()},
+                Callback=advance,
+            )
 
-    def download(self, key: str, path: Path) -> None:
-        """Copy an object to a local file; its folder is made. Raises `MissingObjectError`."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._errors("read", key):
-            self._client.download_file(self.bucket, key, str(path))
-
-    def upload_all(self, files: dict[str, Path]) -> None:
+    def upload_all(self, files: dict[str, Path], *, advance: Callable[[int], Any] | None = None) -> None:
         """Copy local files to objects (`{key: path}`), several at once."""
-        in_parallel(lambda item: self.upload(item[1], item[0]), list(files.items()))
+        in_parallel(lambda item: self.upload(item[1], item[0], advance=advance), list(files.items()))
 
-    def download_all(self, files: dict[str, Path]) -> None:
-        """Copy objects to local files (`{key: path}`), several at once."""
-        in_parallel(lambda item: self.download(item[0], item[1]), list(files.items()))
+    def delete(self, key: str) -> None:
+        """Delete an object, if it is there."""
+        with self._errors("delete", key):
+            self._client.delete_object(Bucket=self.bucket, Key=key)
+
+    def unfinished_uploads(self, prefix: str) -> Iterator[tuple[StoredObject, Callable[[], None]]]:
+        """Uploads in parts that nobody has finished: what would have been stored (of size 0), and how to end it."""
+        with self._errors("list", prefix):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=prefix)
+            for page in pages:
+                for upload in page.get("Uploads", []):
+                    yield StoredObject(upload["Key"], 0, upload["Initiated"]), self._aborting(upload)
+
+    def _aborting(self, upload: dict[str, Any]) -> Callable[[], None]:
+        def abort() -> None:
+            with contextlib.suppress(MissingObjectError), self._errors("delete", upload["Key"]):
+                self._client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+        return abort
 
     def create_bucket(self) -> None:
         """Make the bucket, unless it is there and ours."""
         try:
-            with self._errors("create bucket"):
+            with self._errors("create"):
                 self._client.create_bucket(Bucket=self.bucket)
         except ConflictError:
             pass
@@ -225,15 +157,13 @@ def split_uri(uri: str) -> tuple[Store, str]:
     return Store(match[1]), match[2]
 
 
-def endpoint() -> str | None:
-    """`S3_ENDPOINT_URL`, or None for AWS. Raises `SettingsError` when it is no address or holds a password."""
-    url = os.environ.get("S3_ENDPOINT_URL") or None
-    if url and not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", url):
-        shown = re.sub(r"^(\w+://)?.*@", r"\1***@", url)
-        raise SettingsError(
-            f"S3_ENDPOINT_URL is {shown!r}: expected http://HOST:PORT or https://HOST, without a user or password"
-        )
-    return url
+def encryption() -> dict[str, str]:
+    """What a write says about encryption at rest. Raises `SettingsError` when the environment contradicts itself."""
+    kind, key = os.environ.get("S3_ENCRYPTION"), os.environ.get("S3_KMS_KEY_ID")
+    if kind not in {None, "", "AES256", "aws:kms"} or (key and kind != "aws:kms"):
+        raise SettingsError(f"S3_ENCRYPTION is {kind!r}: expected AES256, or aws:kms for the key in S3_KMS_KEY_ID")
+    said = {"ServerSideEncryption": kind or "", "SSEKMSKeyId": key or ""}
+    return {name: value for name, value in said.items() if value}
 
 
 def to_json(value: Any) -> bytes:
@@ -244,9 +174,3 @@ def to_json(value: Any) -> bytes:
 def content_type(key: str) -> str:
     """The media type by which a browser shows an object."""
     return mimetypes.guess_type(key)[0] or "application/octet-stream"
-
-
-def in_parallel(work: Callable[[Any], Any], items: list[Any]) -> None:
-    """Do the work for every item, several at once; the first failure is raised after the others have ended."""
-    with ThreadPoolExecutor(max_workers=TRANSFERS) as pool:
-        list(pool.map(work, items))

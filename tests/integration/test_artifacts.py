@@ -99,9 +99,9 @@ def test_a_file_that_vanishes_during_an_upload_leaves_nothing_to_read(
     store: Store, directory: Path, tmp_path: Path
 ) -> None:
     class Vanishing(Store):
-        def upload(self, path: Path, key: str) -> None:
+        def upload(self, path: Path, key: str, **more: Any) -> None:
             path.unlink()
-            super().upload(path, key)
+            super().upload(path, key, **more)
 
     with pytest.raises(FileNotFoundError):
         artifacts.publish(Vanishing(store.bucket), "a", directory)
@@ -114,9 +114,9 @@ def test_a_file_that_changes_during_an_upload_is_refused_by_readers(
     store: Store, directory: Path, tmp_path: Path
 ) -> None:
     class Changing(Store):
-        def upload(self, path: Path, key: str) -> None:
+        def upload(self, path: Path, key: str, **more: Any) -> None:
             path.write_bytes(path.read_bytes() + b"more")
-            super().upload(path, key)
+            super().upload(path, key, **more)
 
     artifacts.publish(Changing(store.bucket), "a", directory)
     with pytest.raises(DataError, match="is not the file that its manifest names"):

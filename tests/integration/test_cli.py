@@ -138,10 +138,14 @@ def test_models_are_listed_shown_pulled_and_rolled_back(
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     for version in ("v1", "v2"):
-        artifacts.publish(store, registry.version_prefix("m", version), tmp_path / "model", {"version": version})
+        registry.publish(store, "m", version, tmp_path / "model", {"version": version})
     registry.move(store, "m", "v1", expected=None, who="me", why="first")
+    assert main(["models", "alias", "m", "staging", *bucket, "--version", "v2", "--why", "to be tried"]) == 0
+    assert capsys.readouterr().out == "m: staging is v2, and was not set\n"
     assert main(["models", "list", "m", *bucket]) == 0
-    assert capsys.readouterr().out == "v1  <- production\nv2\n"
+    assert capsys.readouterr().out == "v1  <- production\nv2  <- staging\n"
+    assert main(["models", "diff", "m", "production", "staging", *bucket]) == 0
+    assert capsys.readouterr().out == 'equal files: 1, 2 bytes\nversion: "v1" -> "v2"\n'
     assert main(["models", "show", "m", *bucket]) == 0
     assert json.loads(capsys.readouterr().out)["version"] == "v1"
     assert main(["models", "pull", "m", *bucket, "--version", "v2", "--to", str(tmp_path / "pulled")]) == 0
@@ -155,10 +159,24 @@ def test_models_are_listed_shown_pulled_and_rolled_back(
         assert main(["models", "rollback", "m", *bucket, "--version", "v2", "--why", "v1 is rude"]) == 0
     assert "production is v2" in capsys.readouterr().out
     assert main(["models", "history", "m", *bucket]) == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert "nothing -> v1  by me: first" in first
-    assert "v1 -> v2" in second
-    assert second.endswith(": v1 is rude")
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert "production: nothing -> v1  by me: first" in first
+    assert "staging: nothing -> v2" in second
+    assert "production: v1 -> v2" in third
+    assert third.endswith(": v1 is rude")
+    assert main(["models", "rollback", "m", *bucket, "--why", "v2 is worse"]) == 0
+    assert "production is v1, and was v2" in capsys.readouterr().out
+    assert main(["models", "alias", "m", "staging", *bucket, "--version", "v1", "--why", "v2 is bad"]) == 0
+    assert main(["models", "withdraw", "m", *bucket, "--version", "v2", "--why", "it is rude"]) == 0
+    assert main(["models", "rollback", "m", *bucket, "--why", "?"]) == DataError.exit_code
+    assert "production of m has no earlier version to go back to" in reason.read_text()
+    assert main(["models", "rollback", "m", *bucket, "--version", "v2", "--why", "?"]) == DataError.exit_code
+    assert reason.read_text() == "m v2 was withdrawn, and is not to be chosen again"
+    capsys.readouterr()
+    assert main(["models", "list", "m", *bucket]) == 0
+    assert capsys.readouterr().out == "v1  <- production, staging\nv2  <- withdrawn\n"
+    assert main(["models", "history", "m", *bucket]) == 0
+    assert "  withdraw v2  by " in capsys.readouterr().out
     assert main(["models", "rollback", "m", *bucket, "--version", "v9", "--why", "?"]) == DataError.exit_code
     assert reason.read_text() == "m has no version 'v9'"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from retrain_models.registry import stored_pointer
 from tasks import artifacts, promote, registry, reject
 from tasks.errors import DataError
 from tasks.registry import Event, ProductionMovedError
@@ -29,7 +31,7 @@ def publish(tmp_path: Path) -> Callable[[Store, str], str]:
         directory = tmp_path / "versions" / version
         directory.mkdir(parents=True)
         (directory / "config.json").write_text(version)
-        artifacts.publish(store, registry.version_prefix(MODEL, version), directory, {"version": version})
+        registry.publish(store, MODEL, version, directory, {"version": version})
         return version
 
     return make
@@ -122,16 +124,18 @@ def test_a_promoter_that_dies_leaves_no_fork(
     publish(store, "3")
     with pytest.raises(StoreUnreachableError):
         move(Dying(store.bucket, writes), "2", "1")
-    pointer = registry.read_pointer(store, MODEL)
-    assert pointer
-    assert pointer.version == "1"  # readers see the old one, whole
+    version = str(1 + writes)  # an event that is there counts, whether or not the pointer has followed
+    assert registry.resolve(store, MODEL, "production") == version
+    stored = stored_pointer(store, MODEL)
+    assert stored
+    assert stored.version == "1"  # what a service sees that reads the pointer alone: whole as well
     if again == "the same":
         assert move(store, "2", "1").number == 2
         assert [event.version for event in check_history(store)] == ["1", "2"]
     elif writes == 0:  # it left nothing
         move(store, "3", "1")
         assert [event.version for event in check_history(store)] == ["1", "3"]
-    else:  # its event counts, so the next one finds that production has moved
+    else:  # the next one finds that production has moved
         with pytest.raises(ProductionMovedError):
             move(store, "3", "1")
         assert [event.version for event in check_history(store)] == ["1", "2"]
@@ -162,9 +166,13 @@ def test_a_pointer_that_was_lost_comes_back_where_the_history_ends(
         lambda: store.put_json(registry.pointer_key(MODEL), first),
     ):
         lose()
-        pointer = registry.read_pointer(store, MODEL)
-        with pytest.raises(ProductionMovedError, match="production of m is 3"):
-            move(store, "2", pointer.version if pointer else None)
+        assert registry.resolve(store, MODEL, "production") == "3"
+        for expected in ("1", None):
+            with pytest.raises(ProductionMovedError, match="production of m is 3"):
+                move(store, "2", expected)
+        stored = stored_pointer(store, MODEL)
+        assert stored
+        assert stored.version == "3"
         assert [event.version for event in check_history(store)] == ["1", "2", "3"]
 
 
@@ -259,7 +267,7 @@ def test_a_service_never_receives_a_damaged_version(
         lambda key: store.put(key, b"3"): "is not the file that its manifest names",
         lambda key: store._client.delete_object(Bucket=store.bucket, Key=key): "does not exist, though its manifest",
     }.items():
-        damage("models/m/versions/2/config.json")
+        damage(f"models/m/files/{hashlib.sha256(b'2').hexdigest()}")
         with pytest.raises(DataError, match=message):
             registry.pull(store, MODEL, "production", tmp_path / "model")
         assert (tmp_path / "model" / "config.json").read_text() == "1"
@@ -273,6 +281,109 @@ def test_a_runs_champion_is_what_stood_before_it(store: Store, publish: Callable
     move(store, publish(store, "2"), "1", who="second")
     assert registry.champion_of(store, MODEL, "second") == "1"
     assert registry.champion_of(store, MODEL, "first") == "2"
+
+
+# Files that versions share
+
+
+def test_what_an_earlier_version_has_is_not_uploaded_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: list[str] = []
+    upload = Store.upload
+    monkeypatch.setattr(
+        Store, "upload", lambda self, *args, **more: uploaded.append(args[1]) or upload(self, *args, **more)
+    )
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "frozen").write_bytes(b"f" * 1000)
+    for version in ("1", "2"):
+        (directory / "trained").write_text(version)
+        registry.publish(store, MODEL, version, directory, {})
+    assert [key.rpartition("/")[2] for key in uploaded] == [
+        hashlib.sha256(content).hexdigest() for content in (b"f" * 1000, b"1", b"2")
+    ]
+    for version in ("1", "2"):
+        registry.pull(store, MODEL, version, tmp_path / version)
+        assert (tmp_path / version / "trained").read_text() == version
+        assert (tmp_path / version / "frozen").read_bytes() == b"f" * 1000
+
+
+def test_a_shared_file_that_was_lost_is_uploaded_again(store: Store, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "frozen").write_bytes(b"f" * 1000)
+    key = f"models/m/files/{hashlib.sha256(b'f' * 1000).hexdigest()}"
+    registry.publish(store, MODEL, "1", directory, {})
+    for lose in (lambda: store.delete(key), lambda: store.put(key, b"cut short")):
+        lose()
+        registry.publish(store, MODEL, "1", directory, {})
+        assert store.get(key) == b"f" * 1000
+
+
+def test_a_version_never_changes(store: Store, publish: Callable[[Store, str], str], tmp_path: Path) -> None:
+    publish(store, "1")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("other")
+    with pytest.raises(DataError, match="m has a version '1' with other files, and a version never changes"):
+        registry.publish(store, MODEL, "1", tmp_path / "other", {})
+    registry.pull(store, MODEL, "1", tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").read_text() == "1"
+
+
+# Aliases, and versions that were withdrawn
+
+
+def test_aliases_move_apart_from_each_other(store: Store, publish: Callable[[Store, str], str], tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        publish(store, version)
+    move(store, "1", None)
+    staged = registry.move(store, MODEL, "2", expected=None, who="w", why="y", alias="staging", gate={"BLEU": 30.5})
+    assert registry.read_event(store, MODEL, 2) == staged
+    move(store, "2", "1")
+    registry.move(store, MODEL, "production", expected="2", who="w", why="y", alias="staging")
+    events = registry.history(store, MODEL)
+    assert [(event.alias, event.before, event.version) for event in events] == [
+        ("production", None, "1"),
+        ("staging", None, "2"),
+        ("production", "1", "2"),
+    ]
+    assert registry.aliases(events) == {"production": "2", "staging": "2"}
+    assert registry.pull(store, MODEL, "staging", tmp_path / "model") == "2"
+    assert registry.predecessor(store, MODEL) == "1"
+    for alias in ("../production", "", "a/b"):
+        with pytest.raises(DataError, match="is not the name of"):
+            registry.move(store, MODEL, "1", expected=None, who="w", why="y", alias=alias)
+
+
+def test_a_version_that_was_withdrawn_is_never_chosen_again(store: Store, publish: Callable[[Store, str], str]) -> None:
+    for version, before in (("1", None), ("2", "1"), ("3", "2")):
+        move(store, publish(store, version), before)
+    withdrawn = registry.withdraw(store, MODEL, "2", who="a person", why="insults customers")
+    assert registry.withdraw(store, MODEL, "2", who="another", why="again") == withdrawn
+    for alias, expected in (("production", "3"), ("staging", None)):
+        with pytest.raises(DataError, match="m 2 was withdrawn, and is not to be chosen again"):
+            registry.move(store, MODEL, "2", expected=expected, who="w", why="y", alias=alias)
+    assert registry.predecessor(store, MODEL) == "1"
+    assert registry.withdrawn(store, MODEL) == ["2"]
+    with pytest.raises(DataError, match="production of m is 3: move production to another version first"):
+        registry.withdraw(store, MODEL, "3", who="w", why="y")
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_withdrawal_that_died_is_done_by_the_next_writer(
+    writes: int, store: Store, publish: Callable[[Store, str], str]
+) -> None:
+    move(store, publish(store, "1"), None)
+    publish(store, "2")
+    with pytest.raises(StoreUnreachableError):
+        registry.withdraw(Dying(store.bucket, writes), MODEL, "2", who="w", why="y")
+    if writes:  # the event is there, so it counts
+        with pytest.raises(DataError, match="was withdrawn"):
+            move(store, "2", "1")
+        assert registry.withdrawn(store, MODEL) == ["2"]
+    else:
+        move(store, "2", "1")
 
 
 # The steps that use it
