@@ -1,15 +1,18 @@
-"""Airflow DAGs that retrain translation models: one DAG for each file in `config/`.
+"""Airflow DAGs that retrain translation models: for each file in `config/` one that retrains, and one that rolls back.
 
     configure -> pull -> changed? -+-> validate -> preprocess -> train -> evaluate -> gate -> decision -+-> promote
                                    +-> unchanged                                                        +-> reject
 
-and then `report`, whatever happened. The work itself is in `tasks/`, a module a step.
+and then `report`, whatever happened. The work itself is in `tasks/`, a module a step. With `approval: human` a person
+decides between promote and reject what the gate would promote:
+
+    gate -> preview -> decision -+-> approval -+-> promote
+                                 +-> reject <--+
 """
 
 from __future__ import annotations
 
 import ast
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -17,13 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from airflow.providers.standard.operators.empty import EmptyOperator
-from airflow.sdk import DAG, Asset, CronTriggerTimetable, Param, task
+from airflow.sdk import DAG, CronTriggerTimetable, Param, TaskGroup, task
 
-from plugins.pipelines import ROOT, read_pipelines, run_id
-from plugins.retrain_operator import step_operator
+from plugins import alerts
+from plugins.alerts import Alert
+from plugins.approval import Approval, checks_table
+from plugins.gpu_pool import GPU_POOL
+from plugins.links import page_url
+from plugins.pipelines import BUCKET, ROOT, dag_id, model_asset, read_pipelines, run_id
+from plugins.retrain_operator import RollBack, step_operator
 from tasks.settings import Settings, form_fields
 
-BUCKET = os.environ.get("RETRAIN_BUCKET", "retrain")
+RUN_URI = f"s3://{BUCKET}/runs/{{{{ retrain_run_id(run_id) }}}}"
+ONE_WAY = "none_failed_min_one_success"  # of the ways that lead to a task, those not taken are skipped
 
 
 @dataclass(frozen=True)
@@ -62,17 +71,26 @@ Trains a candidate, compares it with the model in production on the same test sp
 `s3://{bucket}/models/{name}/` only if every check of the gate holds. A run that finds nothing changed since production
 stops there, green.
 
-- *Trigger* changes any setting for one run. `force` trains although nothing has changed.
-- Every run leaves a page: `report.html` in the run's folder in the store. Its address is in the log of *{report}*.
+- *Trigger* changes any setting for one run; the preset *quick* only sees whether everything works. `force` trains
+  although nothing has changed.
+- The grid says what a run came to: green is one of *Promote to production*, *Reject* and *Nothing has changed*.
+- Every run leaves a page: the button *Report* of *{report}*. [Models]({page}) shows all versions, and rolls back.
 - A task is safe to clear and run again: it overwrites only what it wrote before.
 - The settings: `config/{file}`.
 """
 
+ROLL_BACK_DOC = """
+Points production of **{name}** at a version that was published before. Services get it with their next pull.
+
+The versions are on the page [Models]({page}), which starts this DAG too. The history keeps who did it and why. The next
+run of *Retrain {name}* trains and judges against that version.
+"""
+
 
 def retrain_dag(file: Path, settings: Settings) -> DAG:
-    """The DAG of one pipeline."""
+    """The DAG that retrains the model of one pipeline."""
     with DAG(
-        dag_id=f"retrain_{settings.name.replace('-', '_')}",
+        dag_id=dag_id(settings.name),
         dag_display_name=f"Retrain {settings.name}",
         description=settings.description,
         doc_md=DAG_DOC.format(
@@ -80,25 +98,39 @@ def retrain_dag(file: Path, settings: Settings) -> DAG:
             bucket=BUCKET,
             file=file.name,
             report=STEPS["report"].title,
+            page=page_url(dag_id(settings.name)),
         ),
         schedule=timetable(settings.schedule),
         catchup=False,
         max_active_runs=1,
-        default_args=RETRIES,
+        default_args={
+            **RETRIES,
+            "priority_weight": settings.operation.priority,
+            "weight_rule": "absolute",
+            "on_failure_callback": Alert(settings, alerts.failed),
+        },
+        deadline=alerts.deadline(settings),
         params=form(settings),
         tags=["retrain", settings.data.pair],
-        user_defined_macros={"retrain_run_id": partial(run_id, settings.name)},
+        user_defined_macros={"retrain_run_id": partial(run_id, settings.name), "checks_table": checks_table},
     ) as dag:
-        model = Asset(
-            name=f"{settings.name} in production",
-            uri=f"s3://{BUCKET}/models/{settings.name}/production.json",
-            group="model",
-        )
         step = partial(make_step, pipeline_file=path_for_steps(file))
-        configure, pull, validate, preprocess = step("configure"), step("pull"), step("validate"), step("preprocess")
-        train, evaluate, gate = step("train"), step("evaluate"), step("gate")
-        promote, reject, report = step("promote", outlets=[model]), step("reject"), step("report")
-        unchanged = EmptyOperator(task_id="unchanged", task_display_name="Nothing has changed")
+        configure, pull = step("configure"), step("pull")
+        with TaskGroup("data", prefix_group_id=False, tooltip="Prove that the data is fit, and make it numbers"):
+            validate = step("validate", on_success_callback=Alert(settings, alerts.drifted))
+            preprocess = step("preprocess")
+        with TaskGroup("model", prefix_group_id=False, tooltip="Make a candidate, and compare it with production"):
+            train, evaluate = step("train"), step("evaluate")
+        gate = step("gate")
+        promote = step("promote", outlets=[model_asset(settings.name)], trigger_rule=ONE_WAY)
+        reject = step("reject", on_success_callback=Alert(settings, alerts.refused), trigger_rule=ONE_WAY)
+        report = step("report")
+        unchanged = EmptyOperator(
+            task_id="unchanged",
+            task_display_name="Nothing has changed",
+            on_success_callback=Alert(settings, alerts.unchanged),
+        )
+        let_through = "approval" if settings.approval == "human" else "promote"
 
         @task.branch(task_id="changed", task_display_name="Changed since production?")
         def changed(found: dict[str, Any]) -> str:
@@ -106,27 +138,92 @@ def retrain_dag(file: Path, settings: Settings) -> DAG:
 
         @task.branch(task_id="decision", task_display_name="Promote or reject?")
         def decision(verdict: dict[str, Any]) -> str:
-            return verdict["decision"]
+            return let_through if verdict["decision"] == "promote" else "reject"
 
         configure >> pull >> changed(pull.output) >> [validate, unchanged]
-        validate >> preprocess >> train >> evaluate >> gate >> decision(gate.output) >> [promote, reject]
+        validate >> preprocess >> train >> evaluate >> gate
+        decided = decision(gate.output)
+        if settings.approval == "human":
+            approval = ask_a_person(settings)
+            gate >> step("report", task_id="preview", task_display_name="Write the report to decide by") >> decided
+            decided >> [approval, reject]
+            approval >> [promote, reject]
+        else:
+            decided >> [promote, reject]
         # A teardown runs whatever became of the tasks before it, and leaves the run's outcome to them.
         [promote, reject, unchanged] >> report.as_teardown()
+    return dag
+
+
+def ask_a_person(settings: Settings) -> Approval:
+    """The task that waits for a person's word."""
+    report = page_url(f"{dag_id(settings.name)}/runs/{{{{ retrain_run_id(run_id) }}}}/report")
+    return Approval(
+        task_id="approval",
+        task_display_name="Approve?",
+        run_uri=RUN_URI,
+        hours=settings.operation.approval_hours,
+        subject=f"Shall this candidate be {settings.name} in production?",
+        body=f"{{{{ checks_table(ti.xcom_pull('gate')) }}}}\n\n**[The report]({report})**\n\n"
+        f"Without an answer within {settings.operation.approval_hours:g} hours it is **not** promoted.",
+        doc_md="A person decides under *Required actions*. No answer in time is a no.",
+    )
+
+
+def roll_back_dag(settings: Settings) -> DAG:
+    """The DAG that points production of one pipeline at another version."""
+    with DAG(
+        dag_id=f"rollback_{settings.name.replace('-', '_')}",
+        dag_display_name=f"Roll back {settings.name}",
+        description=f"Point production of {settings.name} at another version",
+        doc_md=ROLL_BACK_DOC.format(name=settings.name, page=page_url(dag_id(settings.name))),
+        schedule=None,
+        catchup=False,
+        max_active_runs=1,
+        is_paused_upon_creation=False,  # it runs only when somebody says so, and then at once
+        default_args={**RETRIES, "on_failure_callback": Alert(settings, alerts.failed)},
+        params={
+            "version": Param(
+                type="string",
+                title="Version",
+                pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+                description_md=f"What production shall be. [Models]({page_url(dag_id(settings.name))}) lists them.",
+            ),
+            "reason": Param(
+                type="string",
+                title="Reason",
+                minLength=3,
+                maxLength=500,
+                description="For the history, and for whoever asks in half a year",
+            ),
+        },
+        tags=["rollback", settings.data.pair],
+    ) as dag:
+        RollBack(
+            task_id="rollback",
+            task_display_name="Move production",
+            model=settings.name,
+            version="{{ params.version }}",
+            why="{{ params.reason }}",
+            outlets=[model_asset(settings.name)],
+            execution_timeout=timedelta(minutes=15),
+            doc_md="The same conditional move as a promotion, and another line in the history.",
+        )
     return dag
 
 
 def make_step(name: str, *, pipeline_file: str, **kwargs: Any) -> Any:
     """The task of a step; only `configure` is told the pipeline's file, the others read what it wrote."""
     step = STEPS[name]
+    options = {"task_display_name": step.title, **({"pool": GPU_POOL} if step.gpu else {}), **kwargs}
     return step_operator(
         name,
-        run_uri=f"s3://{BUCKET}/runs/{{{{ retrain_run_id(run_id) }}}}",
+        run_uri=RUN_URI,
         pipeline_file=pipeline_file if name == "configure" else None,
         gpu=step.gpu,
-        task_display_name=step.title,
         execution_timeout=step.timeout,
         doc_md=step_doc(name),
-        **kwargs,
+        **options,
     )
 
 
@@ -148,9 +245,10 @@ def timetable(schedule: str | None) -> CronTriggerTimetable | None:
 
 
 def form(settings: Settings) -> dict[str, Param]:
-    """The trigger form: every setting that a run may change, with the file's value."""
-    return {name: Param(**field) for name, field in form_fields(settings).items()}
+    """The trigger form: the settings that a person changes for one run, with the file's values."""
+    return {name: Param(**field) for name, field in form_fields(settings).items() if not field.get("expert")}
 
 
 for pipeline_file, pipeline in read_pipelines()[0].items():
     retrain_dag(pipeline_file, pipeline)
+    roll_back_dag(pipeline)

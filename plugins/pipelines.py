@@ -7,10 +7,24 @@ import os
 import re
 from pathlib import Path
 
+from airflow.sdk import Asset
+
 from tasks.errors import SettingsError
 from tasks.settings import Settings, load
 
 ROOT = Path(__file__).parent.parent
+BUCKET = os.environ.get("RETRAIN_BUCKET", "retrain")
+
+
+def dag_id(pipeline: str) -> str:
+    """The id of a pipeline's DAG."""
+    return f"retrain_{pipeline.replace('-', '_')}"
+
+
+def model_asset(pipeline: str) -> Asset:
+    """What other DAGs are scheduled on: the pointer to the model in production, whenever it moves."""
+    uri = f"s3://{BUCKET}/models/{pipeline}/production.json"
+    return Asset(name=f"{pipeline} in production", uri=uri, group="model")
 
 
 def read_pipelines() -> tuple[dict[Path, Settings], list[str]]:

@@ -8,6 +8,7 @@ does: `local`, a process of the Airflow worker (`LocalStep`, here), or `kubernet
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import os
 import signal
@@ -16,12 +17,15 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from airflow.sdk import BaseOperator, Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
+from plugins import metrics
+from plugins.links import LINKS, PodLink
 from plugins.pipelines import ROOT
 from tasks.errors import NEVER_RETRY, SettingsError
 
@@ -35,12 +39,18 @@ def step_operator(step: str, *, gpu: bool = False, **kwargs: Any) -> BaseOperato
     Raises `SettingsError` when `RETRAIN_RUNNER` is missing or unknown.
     """
     runner = os.environ.get("RETRAIN_RUNNER", "")
+    arguments = {"task_id": step, "step": step, **kwargs}
     if runner == "local":
-        return LocalStep(task_id=step, step=step, **kwargs)
+        operator: BaseOperator = LocalStep(**arguments)
+        operator.operator_extra_links = LINKS.get(step, [])
+        return operator
     if runner == "kubernetes":
         from plugins.retrain_pod import PodStep  # noqa: PLC0415  (the Kubernetes client takes a second to import)
 
-        return PodStep(task_id=step, step=step, gpu=gpu, **kwargs)
+        operator = PodStep(gpu=gpu, **arguments)
+        pod = [PodLink()] if os.environ.get("RETRAIN_POD_URL") else []
+        operator.operator_extra_links = [*LINKS.get(step, []), *pod]
+        return operator
     raise SettingsError(
         f"RETRAIN_RUNNER is {runner!r}: set it, wherever Airflow runs, to 'local' (a step is a process of the worker) "
         f"or 'kubernetes' (a step is a pod)"
@@ -63,12 +73,19 @@ def changed_settings(params: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 
 
 def report_result(operator: Any, context: Context) -> dict[str, Any]:
-    """What the step left in the store, for the XCom; an asset's event carries it too."""
+    """What the step left in the store, for the XCom. Its figures become metrics, and an asset's event has it too."""
     from tasks.run import Run  # noqa: PLC0415  (brings boto3, which the scheduler has no use for)
 
-    result = Run.at(operator.run_uri).result(operator.step)
+    run = Run.at(operator.run_uri)
+    result = run.result(operator.step)
+    metrics.emit(operator.step, result, dag_id=context["ti"].dag_id)
     for asset in operator.outlets:
-        context["outlet_events"][asset].extra = {"run": operator.run_uri, **result}
+        context["outlet_events"][asset].extra = {
+            "run": operator.run_uri,
+            "pointer": asset.uri,
+            "metrics": (run.find_result("evaluate") or {}).get("bleu"),
+            **result,
+        }
     return result
 
 
@@ -83,7 +100,7 @@ class LocalStep(BaseOperator):
     :param pipeline_file: for `configure` only: the pipeline's file
     """
 
-    template_fields = ("run_uri",)
+    template_fields: tuple[str, ...] = ("run_uri",)
     ui_color = "#dbeafe"
     ui_fgcolor = "#1e3a8a"
 
@@ -96,7 +113,11 @@ class LocalStep(BaseOperator):
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the step; returns its result. Raises with the step's own one-line reason."""
-        arguments = step_arguments(self.step, self.run_uri, self.pipeline_file, context)
+        self.run_program(step_arguments(self.step, self.run_uri, self.pipeline_file, context))
+        return report_result(self, context)
+
+    def run_program(self, arguments: list[str]) -> None:
+        """Run `python -m tasks` with arguments to its end. Raises with the program's own one-line reason."""
         self.log.info("python -m tasks %s", subprocess.list2cmdline(arguments))
         with tempfile.NamedTemporaryFile() as termination_log:
             code, last_line = self._run([sys.executable, "-m", "tasks", *arguments], termination_log.name)
@@ -108,7 +129,6 @@ class LocalStep(BaseOperator):
             raise AirflowException(f"{self.step} was stopped by {signal.Signals(-code).name}{hint}")
         if code:
             raise AirflowException(f"{self.step} failed with exit code {code}: {reason}")
-        return report_result(self, context)
 
     def _run(self, command: list[str], termination_log: str) -> tuple[int, str]:
         """Run a command, copy its output to the log as it comes, and return the exit code and the last line."""
@@ -143,6 +163,46 @@ class LocalStep(BaseOperator):
                 process.wait(GRACE)
                 return
             os.killpg(process.pid, signal.SIGKILL)
+
+
+class RollBack(LocalStep):
+    """Points production at another version, for the person who triggered the DAG; always a process of this worker.
+
+    :param model: the model's name
+    :param version: the version that production shall be (templated)
+    :param why: the reason, for the history (templated)
+    """
+
+    template_fields: tuple[str, ...] = ("version", "why")
+
+    def __init__(self, *, model: str, version: str, why: str, **kwargs: Any) -> None:
+        super().__init__(step="rollback", run_uri="", **kwargs)
+        self.model = model
+        self.version = version
+        self.why = why
+        self.operator_extra_links = []
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Roll back; returns the event that the history has of it."""
+        from tasks import registry  # noqa: PLC0415  (brings boto3)
+        from tasks.storage import Store  # noqa: PLC0415
+
+        bucket = os.environ.get("RETRAIN_BUCKET", "retrain")
+        who = getattr(context["dag_run"], "triggering_user_name", None) or getpass.getuser()
+        arguments = ["models", "rollback", self.model, "--bucket", bucket, f"--version={self.version}"]
+        self.run_program([*arguments, f"--why={self.why}", f"--who={who}"])
+        store = Store(bucket)
+        pointer = registry.read_pointer(store, self.model)
+        event = asdict(registry.read_event(store, self.model, pointer.event)) if pointer else {}
+        for asset in self.outlets:
+            found = registry.manifest(store, self.model, registry.PRODUCTION)
+            context["outlet_events"][asset].extra = {
+                "pointer": asset.uri,
+                "metrics": found.metadata.get("metrics"),
+                "version": event.get("version"),
+                "event": event.get("number"),
+            }
+        return event
 
 
 def step_environment() -> dict[str, str]:

@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--version", required=True, help="the version that is meant")
         if name == "rollback":
             command.add_argument("--version", help="the version that production shall be (default: the one before)")
+            command.add_argument("--who", default=getpass.getuser(), help="who wants it (default: you)")
         if name in {"alias", "rollback", "withdraw"}:
             command.add_argument("--why", required=True, help="the reason, for the history")
         if name == "pull":
@@ -196,7 +197,7 @@ def _roll_back(arguments: argparse.Namespace) -> None:
     store, model = Store(arguments.bucket), arguments.model
     current = registry.resolve(store, model, registry.PRODUCTION)
     version = arguments.version or registry.predecessor(store, model)
-    event = registry.move(store, model, version, expected=current, who=getpass.getuser(), why=arguments.why)
+    event = registry.move(store, model, version, expected=current, who=arguments.who, why=arguments.why)
     print(f"{model}: production is {event.version}, and was {current}")
 
 

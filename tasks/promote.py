@@ -29,6 +29,8 @@ def run(run: Run) -> dict[str, Any]:
     gate = run.result("gate")
     if gate["decision"] != "promote":
         raise DataError(f"the gate of {run.uri} decided {gate['decision']!r}: nothing to promote")
+    if run.settings.approval == "human" and not (run.find_result("approval") or {}).get("approved"):
+        raise DataError(f"{run.settings.name} is promoted only with a person's approval, and {run.uri} has none")
     name = run.settings.name
     with tempfile.TemporaryDirectory() as scratch:
         candidate = Path(scratch) / "candidate"
@@ -46,7 +48,9 @@ def run(run: Run) -> dict[str, Any]:
         gate={check["name"]: check["observed"] for check in gate["checks"]},
     )
     before = f"instead of {event.before}" if event.before else "as its first version"
-    return {"summary": f"{name} {version} is in production {before}", "version": version, "event": event.number}
+    size = registry.manifest(run.store, name, version).size
+    summary = f"{name} {version} is in production {before}"
+    return {"summary": summary, "version": version, "event": event.number, "bytes": size}
 
 
 def refuse_to_undo_a_rollback(run: Run, version: str) -> None:

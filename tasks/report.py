@@ -26,6 +26,7 @@ from tasks import plots
 from tasks.__main__ import STEPS
 from tasks.rules import RULES
 from tasks.run import Run
+from tasks.settings import Settings
 from tasks.storage import MissingObjectError
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def render(run: Run) -> str:
         config=run.config,
         settings=yaml.safe_dump(run.config["settings"], sort_keys=False, allow_unicode=True),
         steps=steps,
-        outcome=outcome(steps),
+        outcome=outcome(steps, run.settings),
         gate=steps["gate"],
         metrics=metrics,
         rules={rule.column: rule.reason for rule in RULES},
@@ -66,11 +67,15 @@ def render(run: Run) -> str:
     )
 
 
-def outcome(steps: dict[str, dict[str, Any] | None]) -> tuple[str, str]:
+def outcome(steps: dict[str, dict[str, Any] | None], settings: Settings) -> tuple[str, str]:
     """The run in one word and one sentence."""
     pulled, gate = steps["pull"], steps["gate"]
     if steps["promote"]:
         return "promoted", steps["promote"]["summary"]
+    if gate and gate["decision"] == "promote" and steps["reject"]:
+        return "rejected", " ".join(steps["reject"]["reasons"])
+    if gate and gate["decision"] == "promote" and settings.approval == "human":
+        return "waiting", "Every check of the gate holds; a person has to approve the candidate."
     if gate and gate["decision"] == "reject":
         return "rejected", " ".join(check["sentence"] for check in gate["checks"] if not check["passed"])
     if pulled and not pulled["changed"]:

@@ -18,6 +18,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from tasks.errors import SettingsError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+EXPERT: dict[str, Any] = {"expert": True}  # in the file and on the command line, but not in Airflow's form
+
+# What a preset changes in a pipeline's file; what is set for the run itself goes before both.
+PRESETS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "quick": {
+        "data.max_train_rows": 2000,
+        "data.max_eval_rows": 200,
+        "validation.min_train_rows": 100,
+        "validation.min_eval_rows": 20,
+        "training.epochs": 1,
+    },
+}
 
 
 class Section(BaseModel):
@@ -110,7 +123,7 @@ class Training(Section):
 class Evaluation(Section):
     """How candidate and champion are compared."""
 
-    batch_size: int = Field(64, ge=1, le=4096, description="Sentences translated at once")
+    batch_size: int = Field(64, ge=1, le=4096, description="Sentences translated at once", json_schema_extra=EXPERT)
     max_new_tokens: int = Field(128, ge=8, le=1024, description="Longest translation, in tokens")
 
 
@@ -123,12 +136,31 @@ class Gate(Section):
     non_inferiority_margin: float | None = Field(None, ge=0, description="BLEU that may be lost against the champion")
     min_gain: float | None = Field(None, description="BLEU that must be gained over the champion; 0 asks for any gain")
     confidence: float = Field(0.975, gt=0.5, lt=1, description="Confidence of the paired bootstrap's statements")
-    bootstrap_samples: int = Field(1000, ge=100, le=100_000, description="Resamples of the test split")
+    bootstrap_samples: int = Field(
+        1000, ge=100, le=100_000, description="Resamples of the test split", json_schema_extra=EXPERT
+    )
     min_length_ratio: float | None = Field(None, ge=0, description="Shortest output, relative to the references")
     max_length_ratio: float | None = Field(None, ge=0, description="Longest output, relative to the references")
     max_empty: Fraction | None = Field(None, description="Largest share of empty translations")
     max_copied: Fraction | None = Field(None, description="Largest share of translations that repeat the source")
     max_slice_loss: float | None = Field(None, ge=0, description="BLEU that any slice may lose against the champion")
+
+
+class Operation(Section):
+    """How Airflow treats a pipeline's runs, and who hears of them."""
+
+    priority: int = Field(5, ge=1, le=10, description="Which pipeline gets the GPU first; 10 goes before 1")
+    late_after_hours: float = Field(24, gt=0, description="A run that takes longer is reported as late")
+    approval_hours: float = Field(72, gt=0, description="With approval by a person: unanswered for so long means no")
+    stale_after_weeks: int = Field(4, ge=1, description="Say so when nothing has been promoted for longer")
+    alert_emails: list[Annotated[str, Field(pattern=r"^[^@\s<>]+@[^@\s<>]+$")]] = Field(
+        [], description="Who is told, through the Airflow connection smtp_default"
+    )
+    alert_webhook: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_.-]+$",
+        description="Airflow connection of a webhook (Slack and what speaks like it) that is told",
+    )
 
 
 class Settings(Section):
@@ -137,6 +169,15 @@ class Settings(Section):
     name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", description="The model's name in the registry")
     description: str = Field(description="One line for people")
     schedule: str | None = Field(None, description="Cron expression (UTC), or none for manual runs only")
+    approval: Literal["automatic", "human"] = Field(
+        "automatic", description="human: a person has to approve what the gate would promote"
+    )
+    operation: Operation = Operation()
+    preset: Literal["full", "quick"] = Field(
+        "full",
+        description="quick: 2,000 training pairs, 200 to judge by and one epoch, to see that everything works. "
+        "It is judged like any run. What is changed below goes before it",
+    )
     force: bool = Field(False, description="Train even when nothing has changed since production")
     data: Data
     base_model: BaseModelSource
@@ -166,7 +207,8 @@ class Settings(Section):
         return self
 
 
-FIXED = ("name", "description", "schedule")  # a pipeline's identity: changed in its file, never for one run
+# A pipeline's identity and the shape of its DAG: changed in its file, never for one run.
+FIXED = ("name", "description", "schedule", "approval", "operation")
 
 
 def load(path: Path, overrides: dict[str, Any] | None = None) -> Settings:
@@ -180,8 +222,10 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Settings:
         raise SettingsError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
-    for name, value in (overrides or {}).items():
-        if name in FIXED:
+    overrides = overrides or {}
+    preset = PRESETS.get(str(overrides.get("preset", content.get("preset"))), {})
+    for name, value in {**preset, **overrides}.items():
+        if name.split(".")[0] in FIXED:
             raise SettingsError(f"{path}: {name} is fixed by the file and cannot be changed for one run")
         *sections, leaf = name.split(".")
         target = content
@@ -228,7 +272,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
 def form_fields(settings: Settings) -> dict[str, dict[str, Any]]:
     """The settings that one run may change, by name, each as a JSON schema with the file's value as `default`.
 
-    `section` and `description` are there for the form that shows them.
+    `section`, `title` and `description` are there for the form that shows them; `expert` marks what it leaves out.
     """
     fields: dict[str, dict[str, Any]] = {}
     schema = Settings.model_json_schema()
@@ -252,6 +296,7 @@ def form_fields(settings: Settings) -> dict[str, dict[str, Any]]:
 def _form_schema(field: dict[str, Any]) -> dict[str, Any]:
     """A field's schema as Airflow's form understands it: an optional value as a list of types, not as `anyOf`."""
     schema = {key: value for key, value in field.items() if key not in {"anyOf", "default"}}
+    schema["title"] = schema["title"].capitalize().replace("bleu", "BLEU")
     for option in field.get("anyOf", []):
         if option != {"type": "null"}:
             schema.update(option, type=[option["type"], "null"])

@@ -79,7 +79,8 @@ def test_promotion_is_announced_with_the_version(promoted: Finished, bucket: Sto
     dag_run, run = promoted
     ((uri, extra),) = asset_events(dag_run)
     assert uri == f"s3://{bucket.bucket}/models/demo/production.json"
-    assert extra == {"run": run.uri, **run.result("promote")}
+    about = {"pointer": uri, "metrics": run.result("evaluate")["bleu"]}
+    assert extra == {"run": run.uri, **about, **run.result("promote")}
 
 
 def test_a_service_can_pull_and_use_what_was_promoted(promoted: Finished, bucket: Store, tmp_path: Path) -> None:

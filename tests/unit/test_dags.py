@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pendulum
@@ -15,11 +17,13 @@ from airflow.serialization.serialized_objects import DagSerialization
 from airflow.timetables.base import TimeRestriction
 from airflow.timetables.trigger import CronTriggerTimetable
 
+from plugins.gpu_pool import GPU_POOL
 from tasks.errors import SettingsError
 from tasks.settings import form_fields, load
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ["tensorflow", "transformers", "pandas", "numpy", "great_expectations", "datasets", "boto3", "kubernetes"]
+GPU = {"train", "evaluate"}
 WORK = ["configure", "pull", "validate", "preprocess", "train", "evaluate", "gate", "promote", "reject"]
 
 
@@ -35,10 +39,15 @@ def demo(bag: DagBag) -> DAG:
     return bag.dags["retrain_demo"]
 
 
+def retraining(bag: DagBag) -> Iterator[DAG]:
+    return (dag for name, dag in bag.dags.items() if name.startswith("retrain_"))
+
+
 def test_each_file_in_config_is_a_dag(bag: DagBag) -> None:
     assert bag.import_errors == {}
     names = {load(file).name for file in (ROOT / "config").glob("*.yaml")}
-    assert set(bag.dags) == {"retrain_" + name.replace("-", "_") for name in names}
+    ids = {name.replace("-", "_") for name in names}
+    assert set(bag.dags) == {f"{what}_{name}" for what in ("retrain", "rollback") for name in ids} | {"on_promotion"}
 
 
 def test_flow(demo: DAG) -> None:
@@ -64,6 +73,7 @@ def test_report_runs_whatever_happens_and_does_not_decide_the_outcome(demo: DAG)
 
 def test_params_are_the_settings(demo: DAG) -> None:
     fields = form_fields(load(ROOT / "config" / "demo.yaml"))
+    fields = {name: field for name, field in fields.items() if not field.get("expert")}
     assert set(demo.params) == set(fields)
     for name, field in fields.items():
         param = demo.params.get_param(name)
@@ -85,6 +95,8 @@ def test_tasks_are_retried_limited_and_explained(bag: DagBag) -> None:
         assert dag.doc_md
         assert not dag.catchup
         assert dag.max_active_runs == 1
+    for dag in retraining(bag):
+        assert dag.deadline
         for name in [*WORK, "report"]:
             task = dag.get_task(name)
             assert task.retries > 0
@@ -149,7 +161,7 @@ def test_broken_file_is_an_import_error_and_the_others_stay(configs: Path) -> No
     )
     (configs / "torn.yaml").write_text("name: [")
     bag = DagBag(ROOT / "dags")
-    assert set(bag.dags) == {"retrain_demo"}
+    assert set(bag.dags) == {"retrain_demo", "rollback_demo", "on_promotion"}
     ((file, error),) = bag.import_errors.items()
     assert file.endswith("unusable_pipelines.py")
     assert "broken.yaml: training.epochs: " in error
@@ -160,7 +172,7 @@ def test_broken_file_is_an_import_error_and_the_others_stay(configs: Path) -> No
 def test_two_files_with_one_name_are_an_import_error(configs: Path) -> None:
     (configs / "second.yaml").write_text((configs / "good.yaml").read_text())
     bag = DagBag(ROOT / "dags")
-    assert set(bag.dags) == {"retrain_demo"}
+    assert set(bag.dags) == {"retrain_demo", "rollback_demo", "on_promotion"}
     assert "second.yaml: name: 'demo' is taken by" in next(iter(bag.import_errors.values()))
 
 
@@ -168,7 +180,7 @@ def test_schedule_that_is_none_is_an_import_error(configs: Path) -> None:
     text = (configs / "good.yaml").read_text().replace("name: demo", "name: late")
     (configs / "late.yaml").write_text(re.sub("schedule: .*", "schedule: every monday", text))
     bag = DagBag(ROOT / "dags")
-    assert set(bag.dags) == {"retrain_demo"}
+    assert set(bag.dags) == {"retrain_demo", "rollback_demo", "on_promotion"}
     assert "late.yaml: schedule: expected a cron expression" in next(iter(bag.import_errors.values()))
 
 
@@ -206,3 +218,52 @@ def test_pods_need_an_image_and_a_namespace(missing: str, monkeypatch: pytest.Mo
     monkeypatch.delenv(missing)
     with pytest.raises(SettingsError, match=f"{missing} is not set"):
         step_operator("train", run_uri="s3://b/runs/r")
+
+
+def test_a_person_decides_where_the_settings_say_so(configs: Path) -> None:
+    text = (configs / "good.yaml").read_text().replace("name: demo", "name: careful")
+    (configs / "careful.yaml").write_text(text + "\napproval: human\noperation: {approval_hours: 5}\n")
+    dag = DagBag(ROOT / "dags").dags["retrain_careful"]
+    approval = dag.get_task("approval")
+    assert dag.get_task("gate").downstream_task_ids == {"preview", "decision"}
+    assert dag.get_task("decision").downstream_task_ids == {"approval", "reject"}
+    assert approval.downstream_task_ids == {"promote", "reject"}
+    assert (approval.response_timeout, approval.defaults) == (timedelta(hours=5), ["Reject"])
+
+
+def test_rolling_back_needs_a_version_and_a_reason(bag: DagBag) -> None:
+    from airflow.sdk.exceptions import ParamValidationError
+
+    dag = bag.dags["rollback_demo"]
+    assert dag.schedule is None
+    assert not dag.is_paused_upon_creation
+    for name, wrong in {"version": "../../secrets", "reason": " "}.items():
+        with pytest.raises(ParamValidationError):
+            dag.params.get_param(name).resolve(wrong)
+        assert dag.params.get_param(name).resolve("2026-11-24-abc")
+
+
+def test_the_gpu_is_shared_by_priority(configs: Path) -> None:
+    text = (configs / "good.yaml").read_text().replace("name: demo", "name: urgent")
+    (configs / "urgent.yaml").write_text(f"{text}\noperation: {{priority: 9}}\n")
+    bag = DagBag(ROOT / "dags")
+    for name, priority in {"retrain_demo": 5, "retrain_urgent": 9}.items():
+        tasks = {task.task_id: task for task in bag.dags[name].tasks}
+        assert {name for name, task in tasks.items() if task.pool == GPU_POOL} == GPU
+        assert {tasks[step].priority_weight for step in GPU} == {priority}
+        assert {tasks[step].weight_rule for step in GPU} == {"absolute"}
+
+
+def test_what_follows_a_promotion_waits_for_any_model(bag: DagBag) -> None:
+    uris = {asset.uri for asset in bag.dags["on_promotion"].timetable.asset_condition.objects}
+    assert uris == {f"s3://retrain/models/{name}/production.json" for name in ("demo", "en-es")}
+
+
+def test_twenty_pipelines_are_read(configs: Path) -> None:
+    """How long it takes: docs/scaling.md; a test must not depend on the machine."""
+    text = (configs / "good.yaml").read_text()
+    for number in range(19):
+        (configs / f"{number}.yaml").write_text(text.replace("name: demo", f"name: pair-{number}"))
+    bag = DagBag(ROOT / "dags")
+    assert bag.import_errors == {}
+    assert len(bag.dags) == 41

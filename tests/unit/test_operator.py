@@ -64,7 +64,12 @@ def test_names_of_runs_that_look_alike() -> None:
 
 def context(params: dict[str, Any] | None = None, defaults: dict[str, Any] | None = None) -> Any:
     """What Airflow hands to an operator, as far as a step looks at it."""
-    return {"params": params or {}, "dag": SimpleNamespace(params=defaults or {}), "outlet_events": OutletEvents()}
+    return {
+        "params": params or {},
+        "dag": SimpleNamespace(params=defaults or {}),
+        "ti": SimpleNamespace(dag_id="retrain_demo"),
+        "outlet_events": OutletEvents(),
+    }
 
 
 class OutletEvents(dict[Any, Any]):
@@ -123,7 +128,7 @@ def test_a_step_that_succeeds_returns_its_result(store: Store) -> None:
     result = local("configure", uri, pipeline_file="config/demo.yaml", outlets=[model]).execute(surroundings)
     assert result == store.get_json("runs/r/results/configure.json")
     assert store.get_json("runs/r/config.json")["settings"]["training"]["epochs"] == 2
-    assert surroundings["outlet_events"][model].extra == {"run": uri, **result}
+    assert surroundings["outlet_events"][model].extra == {"run": uri, "pointer": model.uri, "metrics": None, **result}
     json.dumps(result)
 
 
