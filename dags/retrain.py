@@ -27,11 +27,11 @@ from plugins.alerts import Alert
 from plugins.approval import Approval, checks_table
 from plugins.gpu_pool import GPU_POOL
 from plugins.links import page_url
-from plugins.pipelines import BUCKET, ROOT, dag_id, model_asset, read_pipelines, run_id
+from plugins.pipelines import ROOT, bucket, dag_id, model_asset, read_pipelines, run_id
 from plugins.retrain_operator import RollBack, step_operator
 from tasks.settings import Settings, form_fields
 
-RUN_URI = f"s3://{BUCKET}/runs/{{{{ retrain_run_id(run_id) }}}}"
+RUN_URI = f"s3://{bucket()}/runs/{{{{ retrain_run_id(run_id) }}}}"
 ONE_WAY = "none_failed_min_one_success"  # of the ways that lead to a task, those not taken are skipped
 
 
@@ -95,7 +95,7 @@ def retrain_dag(file: Path, settings: Settings) -> DAG:
         description=settings.description,
         doc_md=DAG_DOC.format(
             **settings.model_dump(include={"name", "description"}),
-            bucket=BUCKET,
+            bucket=bucket(),
             file=file.name,
             report=STEPS["report"].title,
             page=page_url(dag_id(settings.name)),

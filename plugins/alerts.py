@@ -22,6 +22,7 @@ from airflow.sdk.configuration import conf
 from airflow.sdk.definitions.callback import AsyncCallback
 from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
 
+from plugins.pipelines import bucket
 from tasks.settings import Operation, Settings
 
 log = logging.getLogger(__name__)
@@ -101,11 +102,10 @@ def drifted(settings: Settings, context: Context) -> Message | None:
 
 def stale(settings: Settings) -> str:
     """A sentence about production when it is older than the settings allow, else nothing."""
-    from plugins.pipelines import BUCKET  # noqa: PLC0415
     from tasks import registry  # noqa: PLC0415  (brings boto3)
     from tasks.storage import Store  # noqa: PLC0415
 
-    store = Store(BUCKET)
+    store = Store(bucket())
     pointer = registry.read_pointer(store, settings.name)
     if pointer is None:
         return ""
@@ -116,9 +116,11 @@ def stale(settings: Settings) -> str:
     return f" Production is {pointer.version} since {since:%Y-%m-%d}, which is {age.days // 7} weeks ago."
 
 
-def deadline(settings: Settings) -> DeadlineAlert:
-    """Airflow's deadline for a run, counted from when it was queued; it is the triggerer that tells."""
+def deadline(settings: Settings) -> DeadlineAlert | None:
+    """Airflow's deadline for a run, counted from when it was queued, where there is anybody to tell."""
     operation = settings.operation
+    if not (operation.alert_emails or operation.alert_webhook):
+        return None
     return DeadlineAlert(
         name=f"{settings.name} is late",
         reference=DeadlineReference.DAGRUN_QUEUED_AT,

@@ -13,7 +13,11 @@ from tasks.errors import SettingsError
 from tasks.settings import Settings, load
 
 ROOT = Path(__file__).parent.parent
-BUCKET = os.environ.get("RETRAIN_BUCKET", "retrain")
+
+
+def bucket() -> str:
+    """The bucket of the object store that everything is kept in."""
+    return os.environ.get("RETRAIN_BUCKET", "retrain")
 
 
 def dag_id(pipeline: str) -> str:
@@ -23,7 +27,7 @@ def dag_id(pipeline: str) -> str:
 
 def model_asset(pipeline: str) -> Asset:
     """What other DAGs are scheduled on: the pointer to the model in production, whenever it moves."""
-    uri = f"s3://{BUCKET}/models/{pipeline}/production.json"
+    uri = f"s3://{bucket()}/models/{pipeline}/production.json"
     return Asset(name=f"{pipeline} in production", uri=uri, group="model")
 
 

@@ -26,7 +26,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from plugins import metrics
 from plugins.links import LINKS, PodLink
-from plugins.pipelines import ROOT
+from plugins.pipelines import ROOT, bucket
 from tasks.errors import NEVER_RETRY, SettingsError
 
 # Airflow kills a task five seconds after it asked it to stop; a step that ignores SIGTERM must be gone by then.
@@ -187,11 +187,10 @@ class RollBack(LocalStep):
         from tasks import registry  # noqa: PLC0415  (brings boto3)
         from tasks.storage import Store  # noqa: PLC0415
 
-        bucket = os.environ.get("RETRAIN_BUCKET", "retrain")
         who = getattr(context["dag_run"], "triggering_user_name", None) or getpass.getuser()
-        arguments = ["models", "rollback", self.model, "--bucket", bucket, f"--version={self.version}"]
+        arguments = ["models", "rollback", self.model, "--bucket", bucket(), f"--version={self.version}"]
         self.run_program([*arguments, f"--why={self.why}", f"--who={who}"])
-        store = Store(bucket)
+        store = Store(bucket())
         pointer = registry.read_pointer(store, self.model)
         event = asdict(registry.read_event(store, self.model, pointer.event)) if pointer else {}
         for asset in self.outlets:

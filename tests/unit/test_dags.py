@@ -96,7 +96,6 @@ def test_tasks_are_retried_limited_and_explained(bag: DagBag) -> None:
         assert not dag.catchup
         assert dag.max_active_runs == 1
     for dag in retraining(bag):
-        assert dag.deadline
         for name in [*WORK, "report"]:
             task = dag.get_task(name)
             assert task.retries > 0
