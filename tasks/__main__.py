@@ -18,13 +18,14 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 import tasks
 from tasks import registry, retention, settings
-from tasks.errors import SettingsError, StepError
+from tasks.errors import RetryableError, SettingsError, StepError
 from tasks.progress import Progress
 from tasks.run import Run
 from tasks.storage import Store, to_json
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for library in ("great_expectations", "datasets", "httpx", "absl", "matplotlib", "botocore"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         arguments.command(arguments)
     except StepError as error:
@@ -59,7 +61,15 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _stop(*_: object) -> None:
+    """End when asked to. A container's first process, which a step is in a pod, would ignore SIGTERM by default."""
+    _say_why("it was asked to stop (SIGTERM) before it was done: run it again")
+    raise SystemExit(RetryableError.exit_code)  # no library takes this for an error of its own
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,7 +150,9 @@ def _run_step(arguments: argparse.Namespace) -> None:
     else:
         result = module.run(run)
     seconds = round(time.monotonic() - started, 1)
-    run.save_result(step, {**result, "seconds": seconds})
+    # Whoever started the step may have named the attempt, to know its result again.
+    attempt = {"attempt": name} if (name := os.environ.get("RETRAIN_ATTEMPT")) else {}
+    run.save_result(step, {**result, "seconds": seconds, **attempt})
     log.info("%s: done in %.1f s: %s", step, seconds, result["summary"])
 
 

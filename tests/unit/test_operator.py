@@ -20,11 +20,10 @@ from airflow.sdk import Asset
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
 from hypothesis import given
 from hypothesis import strategies as st
-from kubernetes.client import models as k8s
 
 from plugins.pipelines import run_id
 from plugins.retrain_operator import LocalStep, changed_settings, report_result, step_arguments, step_environment
-from tasks.errors import DataError, SettingsError
+from tasks.errors import DataError
 from tasks.run import Run
 from tasks.storage import Store
 
@@ -264,73 +263,6 @@ def test_a_timeout_ends_the_step(tmp_path: Path) -> None:
 
 def test_stopping_before_anything_has_started_is_no_error() -> None:
     local("train", "s3://b/runs/r").on_kill()
-
-
-# The pod
-
-
-@pytest.fixture
-def pod_step(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The operator of a step in a pod, as the DAG makes it."""
-    from plugins.retrain_operator import step_operator
-
-    for name, value in {"RUNNER": "kubernetes", "IMAGE": "registry/trainer:1", "NAMESPACE": "ml"}.items():
-        monkeypatch.setenv(f"RETRAIN_{name}", value)
-    return step_operator("train", run_uri="s3://b/runs/r", gpu=True)
-
-
-def test_a_pod_runs_the_same_command_with_few_rights(pod_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(pod_step), "_get_ti_pod_labels", lambda *_, **__: {})
-    pod_step.name = "retrain-train"
-    pod = pod_step.build_pod_request_obj(context(), dry_run=True)
-    (container,) = pod.spec.containers
-    assert [*container.command, *container.args] == ["python", "-m", "tasks", "train", "--run", "s3://b/runs/r"]
-    assert container.image == "registry/trainer:1"
-    assert container.resources.limits["nvidia.com/gpu"] == "1"
-    assert [source.secret_ref.name for source in container.env_from] == ["retrain-store"]
-    assert [variable.name for variable in container.env or []] == ["HOME"]
-    assert container.security_context.read_only_root_filesystem
-    assert container.termination_message_policy == "FallbackToLogsOnError"
-    assert container.security_context.allow_privilege_escalation is False
-    assert container.security_context.capabilities.drop == ["ALL"]
-    assert pod.spec.security_context.run_as_non_root
-    assert pod.spec.security_context.seccomp_profile.type == "RuntimeDefault"
-    assert pod.spec.automount_service_account_token is False
-    assert pod.metadata.namespace == "ml"
-    assert not pod_step.do_xcom_push
-    assert pod_step.durable
-
-
-def ended(code: int, message: str) -> k8s.V1Pod:
-    """A pod whose container ended with an exit code and a termination message."""
-    state = k8s.V1ContainerState(terminated=k8s.V1ContainerStateTerminated(exit_code=code, message=message))
-    status = k8s.V1ContainerStatus(name="base", state=state, image="i", image_id="i", ready=False, restart_count=0)
-    return k8s.V1Pod(
-        metadata=k8s.V1ObjectMeta(name="p", namespace="ml"),
-        spec=k8s.V1PodSpec(containers=[k8s.V1Container(name="base")]),
-        status=k8s.V1PodStatus(phase="Failed", container_statuses=[status]),
-    )
-
-
-@pytest.mark.parametrize(("code", "retried"), [(1, True), (75, True), (137, True), (65, False), (78, False)])
-def test_a_pods_exit_code_says_whether_to_try_again(
-    code: int, retried: bool, pod_step: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("process_pod_deletion", "patch_already_checked", "is_istio_enabled"):
-        monkeypatch.setattr(pod_step, name, lambda *_, **__: None)
-    pod = ended(code, "training.epochs: must be a number")
-    with pytest.raises(AirflowException, match=r"training\.epochs: must be a number") as caught:
-        pod_step.cleanup(pod, pod)
-    assert isinstance(caught.value, AirflowFailException) is not retried
-
-
-@pytest.mark.parametrize(("variable", "value"), [("RETRAIN_DEFERRABLE", "perhaps")])
-def test_a_switch_is_true_or_false(variable: str, value: str, pod_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from plugins.retrain_operator import step_operator
-
-    monkeypatch.setenv(variable, value)
-    with pytest.raises(SettingsError, match=f"{variable} is '{value}': expected true or false"):
-        step_operator("train", run_uri="s3://b/runs/r")
 
 
 def test_a_result_that_is_not_there_is_an_error(store: Store) -> None:

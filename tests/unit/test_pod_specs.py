@@ -1,0 +1,221 @@
+"""The pods that the DAG would submit, and the manifests: what Kubernetes' schema says of them, and what they may do."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from airflow.dag_processing.dagbag import DagBag
+from kubernetes.client import ApiClient
+from kubernetes.client import models as k8s
+
+from plugins.retrain_operator import step_operator
+from plugins.retrain_pod import PodStep, attempt_of, why_it_failed
+from tasks.errors import SettingsError
+
+ROOT = Path(__file__).resolve().parents[2]
+VERSIONS = ["1.28", "1.37"]  # of Kubernetes: the oldest and the newest whose schemas are checked
+STEPS = ["configure", "pull", "validate", "preprocess", "train", "evaluate", "gate", "promote", "reject", "report"]
+MANIFESTS = sorted((ROOT / "k8s").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def kubernetes_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RUNNER": "kubernetes", "IMAGE": "registry/trainer:1", "NAMESPACE": "ml"}.items():
+        monkeypatch.setenv(f"RETRAIN_{name}", value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-key-of-the-store")
+
+
+@pytest.fixture
+def operators(kubernetes_runner: None) -> dict[str, PodStep]:
+    """The steps of the pipeline as Airflow parses them."""
+    dag = DagBag(ROOT / "dags").dags["retrain_en_es"]
+    return {step: dag.get_task(step) for step in STEPS}
+
+
+def context(**changes: Any) -> Any:
+    """What Airflow hands to an operator, as far as a pod's making looks at it."""
+    run = {"dag_id": "d", "run_id": "r", "start_date": datetime(2026, 11, 24, tzinfo=UTC), "clear_number": 0}
+    task = SimpleNamespace(dag_id="d", task_id="t", map_index=-1, try_number=1)
+    dag = SimpleNamespace(params={}, parent_dag=None)
+    return {"dag_run": SimpleNamespace(**run | changes), "ti": task, "run_id": "r", "dag": dag, "params": {}}
+
+
+def rendered(operator: PodStep) -> dict[str, Any]:
+    """The pod that the operator would submit, as JSON."""
+    return ApiClient().sanitize_for_serialization(operator.build_pod_request_obj(context(), dry_run=True))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_pod_fits_kubernetes_schema(step: str, operators: dict[str, PodStep]) -> None:
+    for version in VERSIONS:
+        kubernetes_validate.validate(rendered(operators[step]), version, strict=True)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_pod_runs_the_same_command_with_few_rights(step: str, operators: dict[str, PodStep]) -> None:
+    pod = rendered(operators[step])
+    spec, (container,) = pod["spec"], pod["spec"]["containers"]
+    assert [*container["command"], *container["args"]][:5] == ["python", "-m", "tasks", step, "--run"]
+    assert container["image"] == "registry/trainer:1"
+    assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+    # What the namespace's label pod-security.kubernetes.io/enforce: restricted asks for, and a read-only disk.
+    assert spec["securityContext"]["runAsNonRoot"]
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert spec["automountServiceAccountToken"] is False
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & {name for name, value in spec.items() if value}
+    assert all("emptyDir" in volume for volume in spec["volumes"])
+    assert "memory" in container["resources"]["limits"]
+    assert spec["restartPolicy"] == "Never"
+    assert spec["activeDeadlineSeconds"] > operators[step].execution_timeout.total_seconds()
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_no_pod_holds_a_secret(step: str, operators: dict[str, PodStep]) -> None:
+    pod = rendered(operators[step])
+    (container,) = pod["spec"]["containers"]
+    assert container["envFrom"] == [{"secretRef": {"name": "retrain-store"}}]
+    assert {variable["name"] for variable in container["env"]} == {"HOME", "RETRAIN_ATTEMPT"}
+    assert "the-key-of-the-store" not in json.dumps(pod)
+
+
+def test_only_training_and_evaluation_ask_for_a_gpu(operators: dict[str, PodStep]) -> None:
+    limits = {step: rendered(each)["spec"]["containers"][0]["resources"]["limits"] for step, each in operators.items()}
+    assert [step for step in STEPS if "nvidia.com/gpu" in limits[step]] == ["train", "evaluate"]
+
+
+def test_how_tasks_wait_for_their_pods(operators: dict[str, PodStep]) -> None:
+    for operator in operators.values():
+        assert operator.deferrable
+        assert operator.durable
+        assert not operator.do_xcom_push
+        assert operator.on_kill_action == operator.on_finish_action == "delete_pod"
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
+def test_manifests_fit_kubernetes_schema(manifest: Path) -> None:
+    documents = [each for each in yaml.safe_load_all(manifest.read_text()) if each and "apiVersion" in each]
+    for document in documents:
+        if document["apiVersion"].split("/")[0] not in {"kueue.x-k8s.io"}:  # not Kubernetes' own
+            for version in VERSIONS:
+                kubernetes_validate.validate(document, version, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("RETRAIN_DEFERRABLE", "perhaps", "expected true or false"),
+        ("RETRAIN_START_TIMEOUT", "1h", "expected a number of seconds"),
+        ("RETRAIN_IMAGE", "", "must name the image"),
+        ("RETRAIN_POD_TEMPLATES", "/nowhere", "must name a folder with cpu.yaml, gpu.yaml"),
+    ],
+)
+def test_a_wrong_variable_is_named(variable: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=f"{variable}.*{expected}|{expected}"):
+        step_operator("train", run_uri="s3://b/runs/r")
+
+
+# Attempts
+
+
+def test_an_attempt_ends_when_something_is_cleared_or_the_run_is_made_anew() -> None:
+    first = attempt_of(context())
+    assert attempt_of(context()) == first
+    assert attempt_of(context(clear_number=1)) != first
+    assert attempt_of(context(start_date=datetime(2026, 11, 25, tzinfo=UTC))) != first
+
+
+# Why a pod failed: statuses as clusters report them
+
+
+def pod(**status: Any) -> k8s.V1Pod:
+    answer = SimpleNamespace(data=json.dumps({"metadata": {"name": "p"}, "status": status}))
+    return ApiClient().deserialize(answer, "V1Pod")
+
+
+def container(**state: Any) -> list[dict[str, Any]]:
+    fields = {"name": "base", "image": "i", "imageID": "i", "ready": False, "restartCount": 0}
+    return [fields | {"state": state}]
+
+
+def ended(code: int, message: str = "", reason: str = "Error") -> list[dict[str, Any]]:
+    return container(terminated={"exitCode": code, "message": message, "reason": reason})
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "again"),
+    [
+        ({"containerStatuses": ended(78, "gate: x")}, ": gate: x", False),
+        ({"containerStatuses": ended(65, "two\nlines")}, ": lines", False),
+        ({"containerStatuses": ended(75, "stopped")}, " failed with exit code 75: stopped", True),
+        ({"containerStatuses": ended(1)}, " failed with exit code 1: Error", True),
+        ({"containerStatuses": ended(137, reason="OOMKilled")}, " needed more memory than", False),
+        (
+            {"reason": "Evicted", "message": "The node was low on resource: memory.", "containerStatuses": ended(137)},
+            ": the cluster ended its pod (Evicted): The node was low on resource: memory.",
+            True,
+        ),
+        ({"reason": "Evicted"}, ": the cluster ended its pod (Evicted): it does not say why", True),
+        (
+            {
+                "containerStatuses": ended(75, "stopped"),
+                "conditions": [
+                    {
+                        "type": "DisruptionTarget",
+                        "status": "True",
+                        "reason": "PreemptionByScheduler",
+                        "message": "preempting to accommodate a higher priority pod",
+                    }
+                ],
+            },
+            ": the cluster ended its pod (PreemptionByScheduler): preempting to accommodate a higher priority pod",
+            True,
+        ),
+        (
+            {"containerStatuses": container(waiting={"reason": "ImagePullBackOff", "message": "not found"})},
+            ": its container cannot start (ImagePullBackOff): not found",
+            True,
+        ),
+        (
+            {"containerStatuses": container(waiting={"reason": "InvalidImageName", "message": "no"})},
+            ": its container cannot start (InvalidImageName): no",
+            False,
+        ),
+        (
+            {
+                "containerStatuses": container(
+                    waiting={"reason": "CreateContainerConfigError", "message": 'secret "retrain-store" not found'}
+                )
+            },
+            ': its container cannot start (CreateContainerConfigError): secret "retrain-store" not found',
+            True,
+        ),
+        (
+            {
+                "conditions": [
+                    {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no GPU"}
+                ]
+            },
+            ": no node could take its pod (Unschedulable): no GPU",
+            True,
+        ),
+        ({"containerStatuses": container(running={})}, ": its pod was given up: too slow", True),
+        ({}, ": its pod was given up: too slow", True),
+    ],
+)
+def test_a_failure_reads_as_what_it_is(status: dict[str, Any], reason: str, again: bool) -> None:
+    found, worth_another_try = why_it_failed(pod(**status), "base", TimeoutError("too slow"))
+    assert found.startswith(reason)
+    assert worth_another_try is again
