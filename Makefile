@@ -55,6 +55,8 @@ compose-env: setup ## write .env with random passwords for docker-compose.yaml
 lock: setup ## compile requirements*.txt anew; `make lock UPGRADE=1` takes the newest versions that the .in files allow
 	$(COMPILE) requirements.in --output-file requirements.txt
 	$(COMPILE) requirements-dev.in --output-file requirements-dev.txt
+	$(COMPILE) requirements-gpu.in --output-file requirements-gpu.txt
+	$(COMPILE) requirements-airflow.in --output-file requirements-airflow.txt
 
 clean: ## delete .venv, and .retrain with all data of the local stack
 	@if [ -x $(BIN)/python ] && [ -d .retrain ]; then $(RUN) scripts.local down; fi

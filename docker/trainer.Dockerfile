@@ -1,4 +1,4 @@
-# The image that every step runs in, and Airflow itself in docker-compose.yaml: the same lock as on a laptop.
+# The image that every step runs in: the same lock as on a laptop. With it Airflow too can run its steps as processes.
 #
 #   docker build -f docker/trainer.Dockerfile -t retrain-trainer --build-arg COMMIT=$(git rev-parse HEAD) .
 #   docker run --rm retrain-trainer --version
@@ -10,7 +10,8 @@ FROM ${BASE} AS libraries
 ARG REQUIREMENTS=requirements.txt
 RUN python3 -m venv /opt/venv
 COPY ${REQUIREMENTS} /tmp/requirements.txt
-RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes -r /tmp/requirements.txt
+RUN /opt/venv/bin/pip install --no-cache-dir --no-compile --disable-pip-version-check --require-hashes -r /tmp/requirements.txt \
+    && /opt/venv/bin/pip uninstall --yes --quiet --disable-pip-version-check pip
 
 FROM ${BASE}
 RUN useradd --uid 10001 --create-home retrain && install -d -o retrain /opt/airflow

@@ -86,6 +86,7 @@ class PodStep(KubernetesPodOperator):
         self.run_uri = run_uri
         self.pipeline_file = pipeline_file
         self._last_look: k8s.V1Pod | None = None  # at the pod, before it was deleted
+        self._gone = False
 
     def build_pod_request_obj(self, context: Context | None = None, *, dry_run: bool = False) -> k8s.V1Pod:
         """The pod, with the step's arguments, which are known only once the run is."""
@@ -169,14 +170,16 @@ class PodStep(KubernetesPodOperator):
     ) -> None:
         """End a pod, after a last look at it for the reason of a failure."""
         if remote_pod and not self._killed:
-            with suppress(ApiException):
+            try:
                 remote_pod = self._last_look = self.pod_manager.read_pod(remote_pod)
+            except ApiException as error:
+                self._gone = error.status == 404
         super().cleanup(pod, remote_pod, xcom_result, context)
 
     def _failure(self, error: Exception) -> AirflowException:
         """What to raise when the pod ended without a result: the reason, and whether to try again."""
         if self._last_look is None:
-            if isinstance(error, PodNotFoundException) or (self.pod and getattr(error, "status", None) == 404):
+            if self._gone or isinstance(error, PodNotFoundException):
                 return StepFailedError(f"{self.step}: its pod is gone: somebody deleted it, or its node was lost")
             return StepFailedError(f"{self.step}: Kubernetes did not take or show its pod: {_api_message(error)}")
         reason, again = why_it_failed(self._last_look, self.base_container_name, error.__context__ or error)

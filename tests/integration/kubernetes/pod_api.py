@@ -86,7 +86,8 @@ class Pod:
             self._event("Warning", "Failed", message)
             self._container({"waiting": {"reason": "ErrImagePull", "message": message}})
             return
-        environment = {"PATH": os.environ["PATH"], "TMPDIR": str(self.scratch), "HOSTNAME": self.name}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {"PATH": path, "TMPDIR": str(self.scratch), "HOSTNAME": self.name}
         for source in self.container.get("envFrom", []):
             secret = source["secretRef"]["name"]
             if secret not in self.cluster.secrets:
@@ -101,9 +102,8 @@ class Pod:
     def _run(self, environment: dict[str, str]) -> None:
         last_words = self.scratch.with_suffix(".termination-log")
         last_words.touch()
-        command = [*self.container["command"], *self.container.get("args", [])]
         self.process = subprocess.Popen(
-            [sys.executable if command[0] == "python" else command[0], *command[1:]],
+            [*self.container["command"], *self.container.get("args", [])],
             cwd=ROOT,
             env=environment | {"RETRAIN_TERMINATION_LOG": str(last_words)},
             stdout=subprocess.PIPE,
