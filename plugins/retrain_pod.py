@@ -189,7 +189,7 @@ class PodStep(KubernetesPodOperator):
 def attempt_of(context: Context) -> str:
     """A name for all tries of this task until somebody clears a task of the run, or deletes the run."""
     run = context["dag_run"]
-    identity = f"{run.dag_id} {run.run_id} {run.start_date} {run.clear_number}"
+    identity = f"{run.dag_id} {run.run_id} {run.start_date} {run.clear_number} {context['ti'].task_id}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
