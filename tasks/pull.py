@@ -171,6 +171,7 @@ def fingerprint_inputs(settings: Settings, dataset: str, base_model: str) -> str
         "dataset": dataset.rsplit("/", 1)[-1],
         "base_model": base_model.rsplit("/", 1)[-1],
         "pair": settings.data.pair,
-        **settings.model_dump(mode="json", include={"validation", "preprocessing", "training"}),
+        **settings.model_dump(mode="json", include={"validation", "preprocessing"}),
+        "training": settings.training.decisive,
     }
     return hashlib.sha256(to_json(inputs)).hexdigest()

@@ -113,11 +113,46 @@ class Preprocessing(Section):
 class Training(Section):
     """How the base model is fine-tuned."""
 
-    freeze: Literal["trunk"] = Field("trunk", description="trunk: embedding, encoder and decoder stay; lm_head learns")
+    freeze: Literal["trunk", "encoder", "all_but_last_n", "none", "lora"] = Field(
+        "trunk",
+        description="What stays as it is. trunk: embedding, encoder and decoder; encoder: embedding and encoder; "
+        "all_but_last_n: all but the decoder's last blocks and the head; none: nothing; lora: all, and low-rank "
+        "changes of the attention's projections learn",
+    )
+    last_blocks: int = Field(2, ge=1, le=100, description="freeze all_but_last_n: how many decoder blocks learn")
+    lora_rank: int = Field(8, ge=1, le=1024, description="freeze lora: rank of the changes")
+    lora_alpha: float = Field(16, gt=0, le=10_000, description="freeze lora: the changes are scaled by alpha / rank")
     epochs: int = Field(3, ge=1, le=100, description="Passes over the training pairs")
     learning_rate: float = Field(3e-5, gt=0, le=10, description="Adam's step size")
+    warmup_steps: int = Field(0, ge=0, le=1_000_000, description="Steps in which the step size rises from 0")
+    clip_norm: float | None = Field(None, gt=0, description="Largest norm of a step's gradients together; none: any")
+    label_smoothing: float = Field(0, ge=0, lt=1, description="Share of a target's weight given to all tokens alike")
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many epochs without a lower validation loss; none: do all epochs"
+    )
     batch_size: int = Field(64, ge=1, le=4096, description="Sentence pairs a step")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the matrix products. auto: bfloat16 where the GPU or CPU has it, else float32"
+    )
+    decoder_states: Literal["store", "run", "off"] = Field(
+        "store",
+        description="freeze trunk: compute the frozen trunk once for each pair, and keep what it gives in the store "
+        "for later runs, or for this run only; off: compute it anew in every epoch",
+    )
+    checkpoint_minutes: float = Field(10, gt=0, le=1440, description="A checkpoint so often, and after each epoch")
     seed: int = Field(0, ge=0, lt=2**32, description="Fixes the order of the data and everything random")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _is_not_float16(cls, precision: Any) -> Any:
+        if precision == "float16":
+            raise ValueError("T5 overflows in float16 and gives NaN: use bfloat16 or float32")
+        return precision
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings on which the trained model depends; the others change only how it comes about."""
+        return self.model_dump(mode="json", exclude={"decoder_states", "checkpoint_minutes"})
 
 
 class Evaluation(Section):
