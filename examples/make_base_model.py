@@ -37,7 +37,8 @@ from datasets import load_dataset
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import T5Config, T5TokenizerFast
 
-from tasks.model import decoder_states, loss_meter, make_batch, new_model, save_model, token_losses
+from tasks.loss import cross_entropy, loss_meter
+from tasks.model import BATCH, Batch, label_states, make_batch, new_model, save_model
 from tasks.preprocess import tokenise
 from tasks.translation import translate
 
@@ -147,14 +148,15 @@ def train(model: Any, rows: Any, size: Size, *, epochs: int, minutes: float | No
     rate = optimizer.learning_rate
     variables = model.trainable_variables
 
-    @tf.function(input_signature=[tf.TensorSpec([None, None], tf.int32)] * 3)
-    def step(input_ids: tf.Tensor, attention_mask: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    @tf.function(input_signature=[BATCH])
+    def step(batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
         with tf.GradientTape() as tape:
-            states = decoder_states(model, input_ids, attention_mask, labels, training=True)
-            losses = token_losses(model, states, labels)
-            loss = tf.reduce_mean(losses)
+            states = label_states(model, batch, training=True)
+            loss = cross_entropy(states, batch.targets, model.lm_head.kernel) / tf.cast(
+                tf.size(batch.targets), tf.float32
+            )
         optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
-        return loss, tf.size(losses)
+        return loss, tf.size(batch.targets)
 
     inputs, labels = rows["input_ids"][:], rows["labels"][:]
     total = epochs * sum(map(len, labels))
@@ -167,7 +169,7 @@ def train(model: Any, rows: Any, size: Size, *, epochs: int, minutes: float | No
             if done >= 1:
                 return
             rate.assign(size.peak_rate * min(done / 0.05, (1 - done) / 0.95))
-            loss, count = step(*make_batch(model, [inputs[i] for i in batch], [labels[i] for i in batch]))
+            loss, count = step(make_batch(model, [inputs[i] for i in batch], [labels[i] for i in batch]))
             seen += int(count)
             window.append(float(loss))
             now = time.monotonic()

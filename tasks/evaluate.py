@@ -25,7 +25,8 @@ import pandas as pd
 from datasets import DatasetDict
 
 from tasks import artifacts, registry
-from tasks.model import load_model, loss_meter
+from tasks.loss import loss_meter
+from tasks.model import load_model
 from tasks.prepared import fetch_prepared
 from tasks.run import Run
 from tasks.scoring import bleu_from, bleu_statistics, corpus_scores

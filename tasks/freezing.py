@@ -100,7 +100,9 @@ def _add_low_rank(model: Any, settings: Training, extended: Sequence[int]) -> Le
     places = []
     for stack in (model.encoder, model.decoder):
         for block in stack.block:
-            attentions = [getattr(layer, name, None) for layer in block.layer for name in ("SelfAttention", "EncDecAttention")]
+            attentions = [
+                getattr(layer, name, None) for layer in block.layer for name in ("SelfAttention", "EncDecAttention")
+            ]
             places += [(attention, name) for attention in attentions if attention is not None for name in ("q", "v")]
     added, projections = [], []
     for number, (attention, name) in enumerate(places):

@@ -11,7 +11,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from tasks.model import BATCH, NO_TARGET, Batch, label_states, make_batch, pair_batches
+from tasks.model import BATCH, NO_TARGET, Batch, label_states
+from tasks.pairs import Pairs
 
 CHUNK = 2048  # positions whose logits exist at once: a quarter of a gigabyte for T5's vocabulary
 
@@ -119,10 +120,8 @@ def loss_meter(model: Any) -> Callable[[Any, int], float]:
         return cross_entropy_value(states, batch.targets, model.lm_head.kernel)
 
     def measure(rows: Any, batch_size: int) -> float:
-        inputs, labels = rows["input_ids"][:], rows["labels"][:]
-        total = 0.0
-        for batch in pair_batches(list(map(len, inputs)), list(map(len, labels)), batch_size):
-            total += float(batch_loss(make_batch(model, [inputs[i] for i in batch], [labels[i] for i in batch])))
-        return total / sum(map(len, labels))
+        pairs = Pairs.of(rows)
+        batches = (pairs.batch(model, chosen, None) for chosen in pairs.in_order(batch_size))
+        return sum(float(batch_loss(batch)) for batch in batches) / int(pairs.labels.lengths.sum())
 
     return measure

@@ -155,9 +155,9 @@ def extend_vocabulary(model: Any, extension: Sequence[dict[str, Any]]) -> None:
         weights.assign(np.moveaxis(values, 0, axis))
 
 
-def pad(sequences: Sequence[Sequence[int]], value: int, step: int = WIDTH_STEP) -> np.ndarray:
+def pad(sequences: Sequence[Any], value: int, step: int = WIDTH_STEP) -> np.ndarray:
     """Sequences as one int32 array (rows, width), padded on the right; the width is a multiple of `step`."""
-    longest = max(len(sequence) for sequence in sequences)
+    longest = max(1, *(len(sequence) for sequence in sequences))
     array = np.full((len(sequences), -(-longest // step) * step), value, np.int32)
     for row, sequence in enumerate(sequences):
         array[row, : len(sequence)] = sequence
@@ -170,9 +170,9 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def pair_batches(inputs: Sequence[int], labels: Sequence[int], batch_size: int) -> list[np.ndarray]:
+def pair_batches(inputs: np.ndarray, labels: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """Row numbers in batches in which both lengths are similar, longest inputs first."""
-    order = np.lexsort((-np.asarray(labels), -((np.asarray(inputs) + CLOSE - 1) // CLOSE)))
+    order = np.lexsort((-labels, -((inputs + CLOSE - 1) // CLOSE)))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
@@ -189,9 +189,7 @@ class Batch(NamedTuple):
 BATCH = Batch(*[tf.TensorSpec([None, None], tf.int32)] * 3, *[tf.TensorSpec([None], tf.int32)] * 2)
 
 
-def make_batch(
-    model: Any, inputs: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], fixed_rows: int | None = None
-) -> Batch:
+def make_batch(model: Any, inputs: Sequence[Any], labels: Sequence[Any], fixed_rows: int | None = None) -> Batch:
     """A batch of some pairs' token ids (numpy).
 
     With `fixed_rows` it has one of a few shapes only, for XLA, which compiles each anew: so many rows, widths that are

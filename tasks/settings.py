@@ -57,6 +57,7 @@ class Data(Section):
         None, description="Hub only: the commit to pull. Pinned, so that a run can be repeated"
     )
     pair: str = Field("en-es", pattern=r"^[a-z]{2,3}-[a-z]{2,3}$", description="Languages as SOURCE-TARGET")
+    licence: str = Field("unknown", min_length=1, description="The corpus's licence, for the model card")
     max_train_rows: int | None = Field(None, ge=1, description="Use at most this many training pairs")
     max_eval_rows: int | None = Field(None, ge=1, description="Use at most this many validation, and test, pairs")
 
@@ -79,6 +80,7 @@ class BaseModelSource(Section):
     revision: str | None = Field(
         None, description="Hub only: the commit to pull. Pinned, so that a run can be repeated"
     )
+    licence: str = Field("unknown", min_length=1, description="The model's licence, for the model card")
 
     @property
     def name(self) -> str:

@@ -2,145 +2,159 @@
 
     python -m tasks train --run s3://retrain/runs/RUN_ID
 
-Reads    prepared/FINGERPRINT/, base-models/NAME/FINGERPRINT/
-Writes   runs/RUN_ID/candidate/   a from_pretrained directory that PyTorch and TensorFlow load, training.json (loss per
-                                  epoch, parameters), loss.svg; manifest.json last
+Reads    prepared/FINGERPRINT/, base-models/NAME/FINGERPRINT/; decoder-states/..., what earlier runs have computed
+Writes   runs/RUN_ID/candidate/     a from_pretrained directory that PyTorch and TensorFlow load; README.md, the model
+                                    card; training.json (loss per epoch, parameters); loss.svg; manifest.json last
+         runs/RUN_ID/checkpoints/   see `tasks.checkpoints`
+         runs/RUN_ID/tensorboard/   event files
+         decoder-states/...         see `tasks.decoder_states`
 Result   the loss per epoch, the best one, and how far the weights moved
 
-Loss is cross-entropy per target token; padding is not counted. The candidate is the best epoch, not the last.
+Loss is cross-entropy per target token; padding is not counted. The candidate is the best epoch, not the last. Killed
+at any moment and run again, the step goes on from its last checkpoint and ends with the same candidate; SIGTERM makes
+it write one and end with exit code 75.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import logging
 import math
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from datasets import Dataset
+from safetensors import SafetensorError
 
 from tasks import artifacts, plots
-from tasks.errors import DataError
-from tasks.model import (
-    decoder_states,
-    freeze_trunk,
-    length_batches,
-    load_model,
-    loss_meter,
-    make_batch,
-    parameter_table,
-    save_model,
-    token_losses,
-)
-from tasks.prepared import fetch_prepared
-from tasks.progress import Progress
+from tasks.checkpoints import Checkpoints
+from tasks.decoder_states import Keep, with_states
+from tasks.devices import Devices, resolve_precision
+from tasks.errors import RetryableError, SettingsError
+from tasks.events import Events
+from tasks.fit import Trainer, best_epoch
+from tasks.freezing import freeze, log_parameters, parameter_table
+from tasks.loss import loss_meter
+from tasks.model import extend_vocabulary, load_model, save_model
+from tasks.model_card import model_card
+from tasks.pairs import Pairs
+from tasks.prepared import Prepared, fetch_prepared
+from tasks.pull import DATASET_MANIFEST
 from tasks.run import Run
-from tasks.settings import Training
+from tasks.stopping import Stopping
 from tasks.storage import to_json
 from tasks.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
 CANDIDATE = "candidate"
+FORMAT = 1  # raised when this code makes something else of the same input: no older checkpoint is gone on from
 
 
 def run(run: Run) -> dict[str, Any]:
-    """Train the run's candidate. Raises `DataError` when the loss is no longer a number."""
+    """Train the run's candidate.
+
+    Raises `DataError` when the loss is no number any more, `StoppedError` on SIGTERM, `SettingsError` when memory does
+    not suffice, `RetryableError` when the disk does not.
+    """
     settings = run.settings.training
-    with tempfile.TemporaryDirectory() as name:
+    pulled = run.result("pull")
+    precision = resolve_precision(settings.precision)
+    with Stopping() as stopping, resources(), tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        data = fetch_prepared(run, scratch).splits
-        artifacts.fetch(run.store, run.result("pull")["base_model"], scratch / "base")
-        model, tokenizer = load_model(scratch / "base"), load_tokenizer(scratch / "base")
-        freeze_trunk(model)
-        table = parameter_table(model)
+        prepared = fetch_prepared(run, scratch)
+        base = artifacts.fetch(run.store, pulled["base_model"], scratch / "base").metadata
+        devices = Devices()
+        with devices.strategy.scope():
+            model = load_model(scratch / "base", precision)
+            extend_vocabulary(model, prepared.extension)
+            learning = freeze(model, settings, [entry["id"] for entry in prepared.extension])
+        table = parameter_table(model, learning)
         log_parameters(table)
-        before = [variable.numpy() for variable in model.trainable_variables]
-        epochs = fit(model, data["train"], data["validation"], settings)
-        best = best_epoch(epochs)
-        moved = transfer_distance(before, [variable.numpy() for variable in model.trainable_variables])
+        log.info("precision %s, %s device(s)%s", precision, devices.count, ", compiled by XLA" if devices.xla else "")
+        before = [variable.numpy() for variable in learning.changed]
+        trainer = Trainer(
+            model,
+            learning,
+            **splits(run, model, prepared, scratch, devices=devices, precision=precision),
+            settings=settings,
+            devices=devices,
+        )
+        epochs = trainer.fit(
+            Checkpoints(run.store, run.key("checkpoints"), identity(run, precision), settings.checkpoint_minutes),
+            stopping,
+            Events(scratch / "tensorboard", run.store, run.key("tensorboard")),
+        )
+        learning.merge()
+        moved = transfer_distance(before, [variable.numpy() for variable in learning.changed])
         candidate = scratch / CANDIDATE
-        save_model(model, tokenizer, candidate)
-        summary = {"epochs": epochs, "best_epoch": best["epoch"], "parameters": table, "weight_change": moved}
+        save_model(model, load_tokenizer(prepared.tokenizer), candidate, learning.changed)
+        best = best_epoch(epochs)
+        loss = best["validation_loss"]
+        if precision != "float32":  # as others will measure it
+            loss = loss_meter(load_model(candidate))(prepared.splits["validation"], settings.batch_size)
+        summary = {
+            "epochs": epochs,
+            "best_epoch": best["epoch"],
+            "validation_loss": loss,
+            "parameters": table,
+            "weight_change": moved,
+            "precision": precision,
+        }
+        data = artifacts.read_manifest(run.store, pulled["dataset"], manifest_name=DATASET_MANIFEST).metadata
+        rows = {split: prepared.splits[split].num_rows for split in data["rows"]}
+        aside = sum(data["rows"].values()) - sum(rows.values())
+        card = model_card(run.settings, base, {**data, "rows": rows}, aside, summary)
+        (candidate / "README.md").write_text(card, encoding="utf-8")
         (candidate / "training.json").write_bytes(to_json(summary))
         (candidate / "loss.svg").write_text(plots.loss_curve(epochs), encoding="utf-8")
         artifacts.publish(run.store, run.key(CANDIDATE), candidate, {"run": run.id})
     return {
-        "summary": f"validation loss {epochs[0]['validation_loss']:.4f} -> {best['validation_loss']:.4f} "
+        "summary": f"validation loss {epochs[0]['validation_loss']:.4f} -> {loss:.4f} "
         f"(epoch {best['epoch']} of {settings.epochs})",
         "candidate": run.key(CANDIDATE),
-        "validation_loss": best["validation_loss"],
         **summary,
     }
 
 
-def fit(model: Any, train: Dataset, validation: Dataset, settings: Training) -> list[dict[str, Any]]:
-    """Train the model's trainable variables and leave it at its best epoch.
-
-    Returns a row an epoch, epoch 0 being the untrained model: `epoch`, `training_loss` (None for epoch 0),
-    `validation_loss`, both per target token. Frozen layers run without dropout.
-    """
-    tf.keras.utils.set_random_seed(settings.seed)
-    optimizer = tf.keras.optimizers.Adam(settings.learning_rate)
-    variables = model.trainable_variables
-    measure = loss_meter(model)
-
-    @tf.function(input_signature=[tf.TensorSpec([None, None], tf.int32)] * 3)
-    def train_step(input_ids: tf.Tensor, attention_mask: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        with tf.GradientTape() as tape:
-            states = decoder_states(model, input_ids, attention_mask, labels, training=False)
-            losses = token_losses(model, states, labels)
-            loss = tf.reduce_mean(losses)
-        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
-        return tf.reduce_sum(losses), tf.size(losses)
-
-    def row(epoch: int, training_loss: float | None, started: float) -> dict[str, Any]:
-        validation_loss = measure(validation, settings.batch_size)
-        if not math.isfinite(validation_loss):
-            raise DataError(f"the loss became {validation_loss} in epoch {epoch}: lower training.learning_rate")
-        seconds = round(time.monotonic() - started, 1)
-        shown = "   -  " if training_loss is None else f"{training_loss:.4f}"
-        log.info("epoch %s: training loss %s, validation loss %.4f, %.1f s", epoch, shown, validation_loss, seconds)
-        # No times here: the same training must give the same files, and so the same version.
-        return {"epoch": epoch, "training_loss": training_loss, "validation_loss": validation_loss}
-
-    rows = [row(0, None, time.monotonic())]
-    for epoch in range(1, settings.epochs + 1):
-        started = time.monotonic()
-        total, count = 0.0, 0
-        with Progress(f"epoch {epoch}/{settings.epochs}", total=train.num_rows, unit="pairs") as progress:
-            for inputs, labels in shuffled_batches(train, settings.batch_size, seed=settings.seed + epoch):
-                batch_sum, batch_count = train_step(*make_batch(model, inputs, labels))
-                total += float(batch_sum)
-                count += int(batch_count)
-                progress.advance(len(inputs), loss=total / count)
-        rows.append(row(epoch, total / count, started))
-        if best_epoch(rows) is rows[-1]:
-            best = [variable.numpy() for variable in variables]
-    for variable, value in zip(variables, best, strict=True):
-        variable.assign(value)
-    return rows
+def splits(
+    run: Run, model: Any, prepared: Prepared, scratch: Path, *, devices: Devices, precision: str
+) -> dict[str, Pairs]:
+    """What is trained on and what measures it, with the decoder's states where those are computed once."""
+    settings = run.settings.training
+    pairs = {split: Pairs.of(prepared.splits[split]) for split in ("train", "validation")}
+    if settings.freeze != "trunk" or settings.decoder_states == "off":
+        return pairs
+    keep = Keep.of(run.store, run.result("pull")["base_model"], precision)
+    return dict(
+        with_states(
+            model,
+            pairs,
+            scratch / "states",
+            devices,
+            precision=precision,
+            batch_size=settings.batch_size,
+            like={entry["id"]: entry["like"] for entry in prepared.extension},
+            keep=keep if settings.decoder_states == "store" else None,
+        )
+    )
 
 
-def best_epoch(epochs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The trained epoch with the lowest validation loss. Epoch 0 is the base model, which is not a candidate."""
-    return min(epochs[1:], key=lambda epoch: epoch["validation_loss"])
-
-
-def shuffled_batches(rows: Dataset, batch_size: int, seed: int) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
-    """Every row once, in batches of similar length whose order, and whose members among equals, the seed decides."""
-    random = np.random.default_rng(seed)
-    inputs, labels = rows["input_ids"][:], rows["labels"][:]
-    order = random.permutation(len(inputs))
-    batches = length_batches([len(inputs[i]) + len(labels[i]) for i in order], batch_size)
-    for batch in random.permutation(len(batches)):
-        chosen = order[batches[batch]]
-        yield [inputs[i] for i in chosen], [labels[i] for i in chosen]
+def identity(run: Run, precision: str) -> str:
+    """A hash of everything on which the training depends: a checkpoint of another is of no use."""
+    inputs = {
+        "format": FORMAT,
+        "prepared": run.result("preprocess")["prepared"],
+        "base_model": run.result("pull")["base_model"],
+        "training": run.settings.training.decisive,
+        "precision": precision,
+    }
+    return hashlib.sha256(to_json(inputs)).hexdigest()
 
 
 def transfer_distance(before: list[np.ndarray], after: list[np.ndarray]) -> float:
@@ -149,14 +163,18 @@ def transfer_distance(before: list[np.ndarray], after: list[np.ndarray]) -> floa
     return change / math.sqrt(sum(float(np.square(a).sum()) for a in after))
 
 
-def log_parameters(table: list[dict[str, Any]]) -> None:
-    """Show what is frozen and what learns, layer by layer."""
-    log.info("%-12s %14s %14s %14s", "layer", "parameters", "frozen", "trainable")
-    total = {
-        "layer": "total",
-        "parameters": sum(row["parameters"] for row in table),
-        "trainable": sum(row["trainable"] for row in table),
-    }
-    for row in [*table, total]:
-        frozen = row["parameters"] - row["trainable"]
-        log.info("%-12s %14s %14s %14s", row["layer"], f"{row['parameters']:,}", f"{frozen:,}", f"{row['trainable']:,}")
+@contextlib.contextmanager
+def resources() -> Iterator[None]:
+    """Say in a sentence what was too little: memory or disk."""
+    try:
+        yield
+    except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+        raise SettingsError(
+            "training needed more memory than there is: lower training.batch_size, or give the step more"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in {errno.ENOSPC, errno.EDQUOT} and "No space left" not in str(error):
+            raise
+        raise RetryableError(
+            f"the disk of {tempfile.gettempdir()} is full: give the step more disk ({error})"
+        ) from error
