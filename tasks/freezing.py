@@ -50,8 +50,8 @@ class LowRank(tf.keras.layers.Layer):
         self.scale = alpha / rank
         width, height = projection.kernel.shape
         start = tf.keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform", seed=seed)
-        self.a = self.add_weight("a", (width, rank), initializer=start)
-        self.b = self.add_weight("b", (rank, height), initializer="zeros")
+        self.a = self.add_weight(name="a", shape=(width, rank), initializer=start)
+        self.b = self.add_weight(name="b", shape=(rank, height), initializer="zeros")
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Both together."""

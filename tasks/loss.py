@@ -94,7 +94,7 @@ def _over_chunks(states: tf.Tensor, work: Callable[..., Any], join: Callable[...
     """Do `work(start, end)` for one chunk of positions after the other, and `join(so_far, more)` what comes of it."""
     if states.shape[0] is not None:  # as XLA needs it
         pieces = [work(at, min(at + CHUNK, states.shape[0])) for at in range(0, states.shape[0], CHUNK)]
-        return functools.reduce(join, pieces)
+        return functools.reduce(join, pieces) if pieces else work(0, 0)
     length = tf.shape(states)[0]
     first = work(tf.constant(0), tf.minimum(CHUNK, length))
     growing = [tf.TensorShape([None, *value.shape[1:]]) if value.shape.rank else value.shape for value in first]

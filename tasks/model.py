@@ -10,30 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # transformers' TensorFlow models are Keras 2 models
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-warnings.filterwarnings("ignore", module="tf_keras")
-
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from safetensors.numpy import load_file, save_file  # noqa: E402
-from transformers import AutoConfig, GenerationConfig, TFAutoModelForSeq2SeqLM  # noqa: E402
-from transformers.modeling_tf_pytorch_utils import (  # noqa: E402
+import numpy as np
+import tensorflow as tf
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig, GenerationConfig, TFAutoModelForSeq2SeqLM
+from transformers.modeling_tf_pytorch_utils import (
     convert_tf_weight_name_to_pt_weight_name,
     load_pytorch_state_dict_in_tf2_model,
 )
-from transformers.utils import logging as transformers_logging  # noqa: E402
+from transformers.utils import logging as transformers_logging
 
-from tasks.errors import DataError  # noqa: E402
-from tasks.storage import to_json  # noqa: E402
+from tasks.errors import DataError
+from tasks.storage import to_json
 
+warnings.filterwarnings("ignore", module="tf_keras")
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 

@@ -1,4 +1,4 @@
-"""The model on disk and in TensorFlow, with a tiny T5: weights, freezing, loss and translation."""
+"""The model on disk and in TensorFlow, with a tiny T5: weights in PyTorch's layout, shards, the vocabulary, batches."""
 
 from __future__ import annotations
 
@@ -15,56 +15,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from transformers import T5Config
 
 from tasks.errors import DataError
 from tasks.model import (
-    decoder_states,
-    freeze_trunk,
+    NO_TARGET,
+    extend_vocabulary,
+    label_states,
     length_batches,
     load_model,
-    loss_meter,
     make_batch,
-    new_model,
-    parameter_table,
+    pair_batches,
     save_model,
-    token_losses,
 )
-from tasks.settings import Training
 from tasks.tokenizer import load_tokenizer
-from tasks.train import best_epoch, fit, shuffled_batches, transfer_distance
-
-BASE = Path(__file__).resolve().parents[2] / "examples" / "demo" / "base-model"
-PROMPT = "translate English to Spanish: "
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer(BASE)
-
-
-@pytest.fixture
-def model() -> Any:
-    return load_model(BASE)
-
-
-@pytest.fixture(scope="module")
-def rows(tokenizer: Any) -> Dataset:
-    """A few tokenised pairs of different lengths."""
-    pairs = {
-        "My wife has a car.": "Mi esposa tiene un carro.",
-        "Where is the computer?": "¿Dónde está la computadora?",
-        "They did not drink the juice this morning because it was cold.": "No bebieron el jugo esta mañana.",
-        "Yes.": "Sí.",
-        "The potatoes cost 10 dollars.": "Las papas cuestan 10 dólares.",
-    }
-    encoded = {"input_ids": [PROMPT + source for source in pairs], "labels": list(pairs.values())}
-    return Dataset.from_dict({name: tokenizer(texts)["input_ids"] for name, texts in encoded.items()})
 
 
 def logits(model: Any, rows: Dataset) -> np.ndarray:
+    """At every target of every row, one after the other."""
     batch = make_batch(model, rows["input_ids"][:], rows["labels"][:])
-    return model.lm_head(decoder_states(model, *batch, training=False)).numpy()
+    return model.lm_head(label_states(model, batch, training=False)).numpy()
 
 
 # On disk
@@ -104,8 +73,8 @@ def test_weights_are_written_as_pytorch_has_them(model: Any, tokenizer: Any, tmp
         assert {file.get_tensor(name).dtype for name in file.keys()} == {np.dtype(np.float32)}  # noqa: SIM118
 
 
-def test_weights_may_come_in_shards(rows: Dataset, model: Any, tmp_path: Path) -> None:
-    shutil.copytree(BASE, tmp_path / "m")
+def test_weights_may_come_in_shards(base: Path, rows: Dataset, model: Any, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "m")
     weights = load_file(tmp_path / "m" / "model.safetensors")
     names = sorted(weights)
     shards = {"model-00001.safetensors": names[::2], "model-00002.safetensors": names[1::2]}
@@ -118,8 +87,8 @@ def test_weights_may_come_in_shards(rows: Dataset, model: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("fault", ["missing", "left over", "other shape", "no safetensors", "garbage", "no config"])
-def test_a_model_that_would_be_partly_random_is_refused(fault: str, tmp_path: Path) -> None:
-    shutil.copytree(BASE, tmp_path / "m")
+def test_a_model_that_would_be_partly_random_is_refused(fault: str, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "m")
     path = tmp_path / "m" / "model.safetensors"
     weights = load_file(path)
     if fault == "missing":
@@ -139,128 +108,81 @@ def test_a_model_that_would_be_partly_random_is_refused(fault: str, tmp_path: Pa
         load_model(tmp_path / "m")
 
 
-# Freezing
+def test_what_was_frozen_is_the_same_file_after_every_training(
+    model: Any, tokenizer: Any, rows: Dataset, tmp_path: Path
+) -> None:
+    for week in ("first", "second"):
+        model.lm_head.kernel.assign(model.lm_head.kernel * 1.01)
+        save_model(model, tokenizer, tmp_path / week, [model.lm_head.kernel])
+    shards = [[(tmp_path / week / name).read_bytes() for name in SHARDS] for week in ("first", "second")]
+    assert shards[0][0] == shards[1][0]
+    assert shards[0][1] != shards[1][1]
+    assert set(load_file(tmp_path / "second" / SHARDS[1])) == {"lm_head.weight"}
+    index = json.loads((tmp_path / "second" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == pytorch_names(layers=2)
+    assert index["metadata"]["total_size"] == 4 * model.num_parameters()
+    np.testing.assert_array_equal(logits(load_model(tmp_path / "second"), rows), logits(model, rows))
 
 
-def test_flan_t5_base_has_the_published_numbers_of_parameters() -> None:
-    config = T5Config(
-        vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_heads=12,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
-    )  # fmt: skip
-    model = new_model(config)
-    freeze_trunk(model)
-    table = {row["layer"]: (row["parameters"], row["trainable"]) for row in parameter_table(model)}
-    total, trainable = (sum(numbers) for numbers in zip(*table.values(), strict=True))
-    assert (total, total - trainable, trainable) == (247_577_856, 222_903_552, 24_674_304)
-    assert table["lm_head"] == (24_674_304, 24_674_304)
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
-def test_a_model_whose_head_is_its_embedding_has_nothing_to_train() -> None:
-    config = T5Config(vocab_size=100, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    with pytest.raises(DataError, match="needs a model whose lm_head has weights of its own"):
-        freeze_trunk(new_model(config))
+def test_bfloat16_is_only_for_computing(base: Path, rows: Dataset, tokenizer: Any, model: Any, tmp_path: Path) -> None:
+    mixed = load_model(base, "bfloat16")
+    assert {variable.dtype for variable in mixed.weights} == {tf.float32}
+    batch = make_batch(mixed, rows["input_ids"][:], rows["labels"][:])
+    states = label_states(mixed, batch, training=False)
+    assert states.dtype == tf.bfloat16
+    np.testing.assert_allclose(tf.cast(states, tf.float32), label_states(model, batch, training=False), atol=0.2)
+    save_model(mixed, tokenizer, tmp_path)
+    original, saved = load_file(base / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert all(np.array_equal(original[name], saved[name]) for name in pytorch_names(layers=2))
+    assert load_model(base).compute_dtype == "float32"  # the precision of one model is not that of the next
 
 
-# Loss
+# The vocabulary
 
 
-def test_loss_is_cross_entropy_per_target_token_without_padding(model: Any, rows: Dataset) -> None:
-    scores, labels = logits(model, rows).astype(np.float64), rows["labels"][:]
-    by_hand = []
-    for row, tokens in enumerate(labels):
-        for place, token in enumerate(tokens):
-            at = scores[row, place]
-            by_hand.append(np.log(np.exp(at - at.max()).sum()) + at.max() - at[token])
-    assert len(by_hand) == sum(map(len, labels))
-    assert loss_meter(model)(rows, 64) == pytest.approx(np.mean(by_hand), rel=1e-5)
+def test_a_new_character_starts_as_the_like_one(model: Any) -> None:
+    before = model.shared.weights[0].numpy(), model.lm_head.kernel.numpy()
+    extend_vocabulary(model, [{"char": "ő", "id": 2399, "like": 70}, {"char": "ű", "id": 2398, "like": 81}])
+    after = model.shared.weights[0].numpy(), model.lm_head.kernel.numpy()
+    np.testing.assert_array_equal(after[0][[2399, 2398]], before[0][[70, 81]])
+    np.testing.assert_array_equal(after[1][:, [2399, 2398]], before[1][:, [70, 81]])
+    np.testing.assert_array_equal(after[0][:2398], before[0][:2398])
+    np.testing.assert_array_equal(after[1][:, :2398], before[1][:, :2398])
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_loss_does_not_depend_on_batches_or_padding(batch_size: int, model: Any, rows: Dataset) -> None:
-    measure = loss_meter(model)
-    assert measure(rows, batch_size) == pytest.approx(measure(rows, 64), rel=1e-5)
-    backwards = rows.select(range(len(rows) - 1, -1, -1))
-    assert measure(backwards, batch_size) == pytest.approx(measure(rows, batch_size), rel=1e-5)
+def test_a_character_without_a_row_is_refused(model: Any) -> None:
+    with pytest.raises(DataError, match="outside the model's vocabulary of 2400 rows"):
+        extend_vocabulary(model, [{"char": "ő", "id": 2400, "like": 70}])
 
 
-# Training
+# Batches
 
 
-def test_only_the_head_learns(model: Any, rows: Dataset) -> None:
-    before = {variable.name: variable.numpy() for variable in model.weights}
-    freeze_trunk(model)
-    table = fit(model, rows, rows, Training(epochs=2, learning_rate=0.01, batch_size=2))
-    changed = {v.name for v in model.weights if not np.array_equal(v.numpy(), before[v.name])}
-    assert len(changed) == 1
-    assert "lm_head" in changed.pop()
-    assert [row["epoch"] for row in table] == [0, 1, 2]
-    assert table[2]["validation_loss"] < table[0]["validation_loss"]
+def test_a_batch_says_where_there_is_something_to_learn(model: Any) -> None:
+    batch = make_batch(model, [[5, 6, 1], [7, 1]], [[8, 9, 10, 1], [11, 1]])
+    assert batch.input_ids.tolist() == [[5, 6, 1, 0, 0, 0, 0, 0], [7, 1, 0, 0, 0, 0, 0, 0]]
+    assert batch.attention_mask.sum(axis=1).tolist() == [3, 2]
+    assert batch.decoder_input_ids.tolist() == [[0, 8, 9, 10, 1, 0, 0, 0], [0, 11, 1, 0, 0, 0, 0, 0]]
+    assert batch.targets.tolist() == [8, 9, 10, 1, 11, 1]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 8, 9]
 
 
-def test_gradients_are_those_of_the_mean_loss(model: Any, rows: Dataset) -> None:
-    """Against finite differences of an independent computation, on one weight of the head."""
-    batch = make_batch(model, rows["input_ids"][:], rows["labels"][:])
-    states = decoder_states(model, *batch, training=False)
-    kernel = model.lm_head.kernel
-    with tf.GradientTape() as tape:
-        loss = tf.reduce_mean(token_losses(model, states, batch[2]))
-    gradient = tape.gradient(loss, kernel).numpy()
-    place = np.unravel_index(np.abs(gradient).argmax(), gradient.shape)
+@given(st.lists(st.tuples(st.integers(1, 70), st.integers(1, 70)), min_size=1, max_size=8), st.integers(8, 12))
+def test_fixed_shapes_are_few_and_hold_the_same_targets(lengths: list[tuple[int, int]], rows: int) -> None:
+    class Model:
+        class config:
+            pad_token_id, eos_token_id, decoder_start_token_id = 0, 1, 0
 
-    def loss_at(change: float) -> float:
-        weights = kernel.numpy().astype(np.float64)
-        weights[place] += change
-        real = np.array([token for row in rows["labels"][:] for token in row])
-        flat = np.concatenate([states.numpy()[i, : len(row)] for i, row in enumerate(rows["labels"][:])])
-        scores = flat.astype(np.float64) @ weights
-        scores -= scores.max(axis=1, keepdims=True)
-        return float(np.mean(np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(len(real)), real]))
-
-    assert gradient[place] == pytest.approx((loss_at(1e-4) - loss_at(-1e-4)) / 2e-4, rel=1e-3)
-
-
-def test_training_twice_gives_the_same_model(rows: Dataset) -> None:
-    ends = []
-    for _ in range(2):
-        model = load_model(BASE)
-        freeze_trunk(model)
-        table = fit(model, rows, rows, Training(epochs=2, learning_rate=0.01, batch_size=2, seed=3))
-        ends.append((table, model.lm_head.kernel.numpy()))
-    assert ends[0][0] == ends[1][0]
-    np.testing.assert_array_equal(ends[0][1], ends[1][1])
-
-
-def test_the_best_epoch_is_left_in_the_model(model: Any, rows: Dataset) -> None:
-    """Each epoch of steps that are far too long is worse than the one before."""
-    freeze_trunk(model)
-    table = fit(model, rows, rows, Training(epochs=3, learning_rate=5, batch_size=2))
-    best = best_epoch(table)
-    assert best["epoch"] > 0
-    assert loss_meter(model)(rows, 64) == pytest.approx(best["validation_loss"], rel=1e-5)
-    assert best["validation_loss"] == min(row["validation_loss"] for row in table[1:])
-
-
-def test_a_loss_that_is_no_number_stops_the_training(model: Any, rows: Dataset) -> None:
-    freeze_trunk(model)
-    model.lm_head.kernel.assign(model.lm_head.kernel * np.nan)
-    with pytest.raises(DataError, match=r"the loss became nan in epoch 0: lower training\.learning_rate"):
-        fit(model, rows, rows, Training(epochs=1))
-
-
-def test_distance_is_relative_to_the_new_weights() -> None:
-    assert transfer_distance([np.array([3.0, 0.0])], [np.array([3.0, 4.0])]) == pytest.approx(4 / 5)
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 3))
-def test_every_row_is_seen_once_an_epoch(lengths: list[int], batch_size: int, seed: int) -> None:
-    rows = {
-        "input_ids": [[i] * length for i, length in enumerate(lengths)],
-        "labels": [[i] for i in range(len(lengths))],
-    }
-    seen = [row[0] for inputs, _ in shuffled_batches(rows, batch_size, seed) for row in inputs]  # type: ignore[arg-type]
-    assert sorted(seen) == list(range(len(lengths)))
-    again = [row[0] for inputs, _ in shuffled_batches(rows, batch_size, seed) for row in inputs]  # type: ignore[arg-type]
-    assert seen == again
+    pairs = [([5] * inputs, [6] * labels) for inputs, labels in lengths]
+    batch = make_batch(Model, [i for i, _ in pairs], [t for _, t in pairs], rows)
+    assert batch.input_ids.shape[0] == rows
+    assert batch.input_ids.shape[1] % 32 == batch.decoder_input_ids.shape[1] % 32 == 0
+    assert batch.targets.shape == batch.positions.shape == (batch.decoder_input_ids.size,)
+    assert (batch.targets != NO_TARGET).sum() == sum(labels for _, labels in lengths)
+    assert (batch.attention_mask.sum(axis=1) > 0).all()
 
 
 @given(st.lists(st.integers(1, 99), max_size=50), st.integers(1, 9))
@@ -270,3 +192,13 @@ def test_batches_hold_every_row_longest_first(lengths: list[int], batch_size: in
     assert sorted(order) == list(range(len(lengths)))
     assert [lengths[row] for row in order] == sorted(lengths, reverse=True)
     assert all(len(batch) <= batch_size for batch in batches)
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), max_size=60), st.integers(1, 9))
+def test_batches_of_pairs_hold_every_row_once_by_both_lengths(lengths: list[tuple[int, int]], batch_size: int) -> None:
+    inputs, labels = (np.array([pair[side] for pair in lengths], int) for side in (0, 1))
+    batches = pair_batches(inputs, labels, batch_size)
+    order = [int(row) for batch in batches for row in batch]
+    assert sorted(order) == list(range(len(lengths)))
+    keys = [(-(-int(inputs[row]) // 8), int(labels[row])) for row in order]
+    assert keys == sorted(keys, reverse=True)

@@ -1,0 +1,248 @@
+"""The train step on the demo's tiny model, as a process: what it leaves, and that nothing it has done can be lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import train_process
+import yaml
+
+from tasks import artifacts
+from tasks.__main__ import main
+from tasks.errors import RetryableError
+from tasks.run import Run
+from tasks.storage import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {
+    "data.max_train_rows": 1200,
+    "data.max_eval_rows": 120,
+    "training.epochs": 3,
+    "training.batch_size": 32,
+    "training.checkpoint_minutes": 0.001,
+}
+Begin = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def begin(bucket: Store) -> Begin:
+    """A run that has done every step before train; the same settings give the same data."""
+
+    def prepare(name: str, **settings: Any) -> Run:
+        run = Run.at(f"s3://{bucket.bucket}/runs/{name}")
+        asked = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
+        assignments = [f"--set={key}={json.dumps(value)}" for key, value in asked.items()]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            assert main(["configure", "--run", run.uri, "--pipeline", "config/demo.yaml", *assignments]) == 0
+            for step in ("pull", "validate", "preprocess"):
+                assert main([step, "--run", run.uri]) == 0
+        return Run(run.store, run.prefix)
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def undisturbed(begin: Begin) -> Run:
+    """A run whose training nobody interrupted, by the very command that the orchestrator runs."""
+    run = begin("undisturbed")
+    command = [sys.executable, "-m", "tasks", "train", "--run", run.uri]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return run
+
+
+def outcome(run: Run) -> tuple[Any, Any]:
+    """What training found, and the candidate's files to the last bit."""
+    result = run.store.get_json(run.key("results", "train.json"))
+    manifest = artifacts.read_manifest(run.store, run.key("candidate"))
+    return result["epochs"], [vars(file) for file in manifest.files]
+
+
+def checkpoints(run: Run) -> list[str]:
+    return [entry.key for entry in run.store.list(run.key("checkpoints/")) if entry.key.endswith("/manifest.json")]
+
+
+# What comes out
+
+
+def test_the_candidate_is_a_directory_to_load_with_its_story(undisturbed: Run, tmp_path: Path) -> None:
+    artifacts.fetch(undisturbed.store, undisturbed.key("candidate"), tmp_path / "candidate")
+    names = {path.name for path in (tmp_path / "candidate").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "training.json", "loss.svg"} <= names
+    assert {name for name in names if name.endswith(".safetensors")} == {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    }
+    assert "extension.json" not in names
+    _, front_matter, card = (tmp_path / "candidate" / "README.md").read_text().split("---\n", 2)
+    about = yaml.safe_load(front_matter)
+    assert (about["language"], about["base_model"]) == (["en", "es"], "examples/demo/base-model")
+    result = undisturbed.result("train")
+    for row in result["epochs"]:
+        assert f"| {row['epoch']} | " in card
+        assert f"{row['validation_loss']:.4f}" in card
+    assert "{{" not in card
+    assert "translate English to Spanish: " in card
+
+
+def test_the_result_says_what_learned_and_how_far_it_moved(undisturbed: Run) -> None:
+    result = undisturbed.result("train")
+    assert {row["layer"]: row["trainable"] > 0 for row in result["parameters"]} == {
+        "shared": False, "encoder": False, "decoder": False, "lm_head": True,
+    }  # fmt: skip
+    assert 0 < result["weight_change"] < 1
+    assert result["validation_loss"] == pytest.approx(min(row["validation_loss"] for row in result["epochs"]), abs=0.01)
+
+
+def test_tensorboard_can_show_the_curves(undisturbed: Run, tmp_path: Path) -> None:
+    files = [entry.key for entry in undisturbed.store.list(undisturbed.key("tensorboard/"))]
+    assert files
+    curves: dict[str, list[float]] = {}
+    for key in files:
+        undisturbed.store.download(key, tmp_path / "events")
+        for record in tf.data.TFRecordDataset(str(tmp_path / "events")):
+            for value in tf.compat.v1.Event.FromString(record.numpy()).summary.value:
+                assert value.metadata.plugin_data.plugin_name == "scalars"
+                curves.setdefault(value.tag, []).append(float(tf.make_ndarray(value.tensor)))
+    table = undisturbed.result("train")["epochs"]
+    assert curves["loss/validation"] == pytest.approx([row["validation_loss"] for row in table], rel=1e-6)
+    assert len(curves["loss/step"]) == 3 * -(-undisturbed.result("preprocess")["rows"]["train"] // 32)
+
+
+# What was computed once is not computed again
+
+
+def test_next_week_only_new_pairs_go_through_the_trunk(
+    undisturbed: Run, begin: Begin, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = undisturbed.result("preprocess")["rows"]
+    week = begin("next-week", data__max_train_rows=1260)
+    with caplog.at_level(logging.INFO):
+        assert main(["train", "--run", week.uri]) == 0
+    line = next(record.getMessage() for record in caplog.records if record.getMessage().startswith("decoder states:"))
+    computed = int(line.split(" for ")[2].split(" pairs")[0].replace(",", ""))
+    wanted = int(line.split(" for ")[1].split(" pairs")[0].replace(",", ""))
+    assert wanted > first["train"]
+    assert 0 < computed < wanted  # the sample is another, so most but not all pairs are known
+
+
+@pytest.mark.parametrize("how", ["off", "run"])
+def test_states_from_the_store_change_nothing(how: str, undisturbed: Run, begin: Begin) -> None:
+    run = begin(f"states-{how}", training__decoder_states=how)
+    assert main(["train", "--run", run.uri]) == 0
+    expected = [row["validation_loss"] for row in undisturbed.result("train")["epochs"]]
+    found = [row["validation_loss"] for row in run.store.get_json(run.key("results", "train.json"))["epochs"]]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_too_little_disk_is_said_before_anything_is_computed(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = begin("disk", training__decoder_states="run")
+    reason = tmp_path / "reason"
+    reason.touch()
+    monkeypatch.setenv("RETRAIN_TERMINATION_LOG", str(reason))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
+    assert main(["train", "--run", run.uri]) == RetryableError.exit_code
+    assert "the decoder states need" in reason.read_text()
+    assert "set training.decoder_states to off" in reason.read_text()
+    assert not run.store.exists(run.key("candidate", "manifest.json"))
+
+
+# Nothing is lost
+
+
+def test_killed_ten_times_it_ends_as_if_it_never_had_been(undisturbed: Run, begin: Begin, tmp_path: Path) -> None:
+    run = begin("killed")
+    log = tmp_path / "log"
+    log.touch()
+    chance = random.Random(0)  # noqa: S311
+    for kill in range(10):
+        process = train_process.start(run.uri, log)
+        if kill % 2:  # somewhere after it has written a checkpoint, which may be in the midst of the next
+            written = log.read_text().count("checkpoint at step")
+            while log.read_text().count("checkpoint at step") == written and process.is_alive():
+                time.sleep(0.01)
+        process.join(chance.uniform(0, 1 if kill % 2 else 8))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+        else:  # it came to its end; what it left is looked at, and the next one starts from nothing
+            assert process.exitcode == 0, log.read_text()[-3000:]
+            assert outcome(run) == outcome(undisturbed)
+            for entry in list(run.store.list(run.key("checkpoints/"))):
+                run.store.delete(entry.key)
+    process = train_process.start(run.uri, log)
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-3000:]
+    assert "going on from a checkpoint" in log.read_text()
+    assert outcome(run) == outcome(undisturbed)
+
+
+def test_sigterm_leaves_a_checkpoint_and_asks_for_another_try(undisturbed: Run, begin: Begin, tmp_path: Path) -> None:
+    run = begin("evicted", training__checkpoint_minutes=60)
+    process = train_process.start(run.uri, tmp_path / "log")
+    while "epoch 0:" not in (tmp_path / "log").read_text() and process.is_alive():
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == RetryableError.exit_code, (tmp_path / "log").read_text()[-3000:]
+    assert "stopped by SIGTERM" in (tmp_path / "log").read_text()
+    assert len(checkpoints(run)) == 1
+    assert not run.store.exists(run.key("candidate", "manifest.json"))
+    process = train_process.start(run.uri, tmp_path / "second")
+    process.join()
+    assert process.exitcode == 0
+    assert "going on from a checkpoint" in (tmp_path / "second").read_text()
+    assert outcome(run) == outcome(undisturbed)
+
+
+@pytest.mark.parametrize("fault", ["no manifest", "damaged", "of other settings", "garbage"])
+def test_a_checkpoint_that_is_not_to_be_trusted_is_ignored(
+    fault: str, undisturbed: Run, begin: Begin, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, store = begin(f"fault-{fault.replace(' ', '-')}"), undisturbed.store
+    newest = checkpoints(undisturbed)[-1].removesuffix("manifest.json")
+    for name in ("state.safetensors", "manifest.json"):  # a whole one, but the training's end is not its beginning
+        data = store.get(newest + name)
+        if fault == "damaged" and name == "state.safetensors":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        if fault == "of other settings" and name == "manifest.json":
+            data = json.dumps({**json.loads(data), "identity": "0" * 64}).encode()
+        if fault == "garbage" and name == "manifest.json":
+            data = b"\x80\x04"
+        if not (fault == "no manifest" and name == "manifest.json"):
+            store.put(run.key("checkpoints", "99999999", name), data)
+    with caplog.at_level(logging.WARNING):
+        assert main(["train", "--run", run.uri]) == 0
+    assert [
+        record for record in caplog.records if "99999999" in record.getMessage() and "ignored" in record.getMessage()
+    ]
+    assert "going on from" not in caplog.text
+    assert outcome(run) == outcome(undisturbed)
+    assert len(checkpoints(run)) == 2  # the last two, and what was not to be trusted is gone
+    assert not list(store.list(run.key("checkpoints", "99999999")))
+
+
+def test_run_again_after_the_end_it_finds_the_same(undisturbed: Run) -> None:
+    before = outcome(undisturbed)
+    assert main(["train", "--run", undisturbed.uri]) == 0
+    assert outcome(undisturbed) == before
