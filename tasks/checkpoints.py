@@ -58,7 +58,7 @@ class Checkpoints:
         started = time.monotonic()
         prefix = f"{self.prefix}/{step:08}"
         with tempfile.TemporaryDirectory() as name:
-            save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, Path(name) / STATE)
+            save_file({key: np.asarray(array, order="C") for key, array in arrays.items()}, Path(name) / STATE)
             about = {"identity": self.identity, "position": position}
             try:
                 self.store.delete(f"{prefix}/{artifacts.MANIFEST}")  # it could be a foreign one's

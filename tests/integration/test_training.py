@@ -199,6 +199,7 @@ def test_killed_ten_times_it_ends_as_if_it_never_had_been(undisturbed: Run, begi
 
 def test_sigterm_leaves_a_checkpoint_and_asks_for_another_try(undisturbed: Run, begin: Begin, tmp_path: Path) -> None:
     run = begin("evicted", training__checkpoint_minutes=60)
+    (tmp_path / "log").touch()
     process = train_process.start(run.uri, tmp_path / "log")
     while "epoch 0:" not in (tmp_path / "log").read_text() and process.is_alive():
         time.sleep(0.02)
