@@ -56,7 +56,7 @@ def test_the_files_that_come_with_the_project_are_valid(file: Path) -> None:
         ({"training.epochs": 0}, "training.epochs: Input should be greater than or equal to 1, found 0"),
         ({"training.epochs": "many"}, "training.epochs: Input should be a valid integer.*found 'many'"),
         ({"training.learning_rate": float("nan")}, "training.learning_rate: .*found nan"),
-        ({"training.freeze": "everything"}, "training.freeze: Input should be 'trunk', found 'everything'"),
+        ({"training.freeze": "everything"}, "training.freeze: Input should be 'trunk', .*found 'everything'"),
         ({"data.pair": "English-Spanish"}, "data.pair: .*found 'English-Spanish'"),
         ({"gate.max_empty": 2}, "gate.max_empty: .*less than or equal to 1, found 2"),
         ({"gate.min_length_ratio": 3}, r"gate.min_length_ratio \(3.0\) is above gate.max_length_ratio \(1.2\)"),
