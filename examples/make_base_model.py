@@ -31,15 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import sentencepiece
 import tensorflow as tf
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import T5Config, T5TokenizerFast
 
 from tasks.loss import cross_entropy, loss_meter
 from tasks.model import BATCH, Batch, label_states, make_batch, new_model, save_model
-from tasks.preprocess import tokenise
+from tasks.preprocess import encode
 from tasks.translation import translate
 
 log = logging.getLogger("make_base_model")
@@ -194,6 +195,12 @@ def read_split(corpus: str, pair: str, split: str, max_rows: int | None, cache: 
     return pd.DataFrame(usable[:max_rows], columns=["source", "target"])
 
 
+def tokenise(texts: pd.DataFrame, tokenizer: Any, prompt: str, size: Size) -> Dataset:
+    """Token ids of pairs, as the pipeline makes them."""
+    batch = pa.RecordBatch.from_pandas(texts[["source", "target"]], preserve_index=False)
+    return Dataset(pa.Table.from_batches([encode(batch, tokenizer.backend_tokenizer, prompt, size.max_tokens)]))
+
+
 def main() -> None:
     """Read the corpus, train the tokenizer, then the model; write both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -215,8 +222,8 @@ def main() -> None:
         held_out = read_split(arguments.corpus, arguments.pair, "validation", 1000, cache)
     log.info("%s: %s pairs", arguments.corpus, f"{len(texts):,}")
     tokenizer = train_tokenizer((arguments.prompt + texts["source"]).tolist() + texts["target"].tolist(), size.pieces)
-    rows = tokenise(texts, tokenizer, arguments.prompt, size.max_tokens).filter(lambda row: not row["truncated"])
-    held_out_rows = tokenise(held_out, tokenizer, arguments.prompt, size.max_tokens)
+    rows = tokenise(texts, tokenizer, arguments.prompt, size).filter(lambda row: not row["truncated"])
+    held_out_rows = tokenise(held_out, tokenizer, arguments.prompt, size)
     model = make_model(size, len(tokenizer))
     log.info("%s pieces, %s parameters", f"{len(tokenizer):,}", f"{model.num_parameters():,}")
     train(model, rows, size, epochs=arguments.epochs, minutes=arguments.minutes, seed=arguments.seed)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from tasks import artifacts
+from tasks.pull import SPLITS
 from tasks.run import Run
 from tasks.tokenizer import EXTENSION
 
@@ -37,4 +38,5 @@ def fetch_prepared(run: Run, scratch: Path) -> Prepared:
     directory = scratch / "prepared"
     artifacts.fetch(run.store, run.result("preprocess")["prepared"], directory)
     extension = json.loads((directory / TOKENIZER / EXTENSION).read_text(encoding="utf-8"))
-    return Prepared(DatasetDict.load_from_disk(directory), directory / TOKENIZER, extension)
+    splits = DatasetDict({split: Dataset.from_file(str(directory / f"{split}.arrow")) for split in SPLITS})
+    return Prepared(splits, directory / TOKENIZER, extension)

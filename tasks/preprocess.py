@@ -2,53 +2,62 @@
 
     python -m tasks preprocess --run s3://retrain/runs/RUN_ID
 
-Reads    datasets/NAME/PAIR/FINGERPRINT/*.parquet, runs/RUN_ID/validation/quarantine.parquet, the tokenizer
-Writes   prepared/FINGERPRINT/{train,validation,test}/   Arrow: source, target (text), input_ids, labels (unpadded)
-         prepared/FINGERPRINT/tokenizer/                 the base model's tokenizer and the characters that it lacked,
-                                                         extension.json: their embedding rows (see `tasks.tokenizer`)
+Reads    datasets/NAME/PAIR/FINGERPRINT/*.parquet, runs/RUN_ID/validation/quarantine.parquet, the base model's tokenizer
+Writes   prepared/FINGERPRINT/{train,validation,test}.arrow   source, target (text), input_ids, labels (unpadded)
+         prepared/FINGERPRINT/tokenizer/                      the base model's tokenizer and the characters that it
+                                                              lacked (see `tasks.tokenizer`)
          prepared/FINGERPRINT/manifest.json
-Result   the key, how many sequences were truncated, how many characters were added
+Result   the key, how many sequences were truncated, which characters were added
 
-The fingerprint is made of everything that the output depends on, so unchanged input costs one look-up.
+The fingerprint is made of everything that the output depends on, so unchanged input costs one look-up. The same input
+always gives the same bytes, whatever the number of processes.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import tempfile
-import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-from datasets import Dataset, DatasetDict
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tokenizers
 
 from tasks import artifacts
+from tasks.parallel import in_order, processes_for
 from tasks.prepared import TOKENIZER
 from tasks.pull import DATASET_MANIFEST, SPLITS
 from tasks.run import Run
+from tasks.settings import Preprocessing
 from tasks.storage import MissingObjectError, to_json
+from tasks.text import normalise
 from tasks.tokenizer import extend, fetch_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # raised when this module makes something else of the same input
+ROWS_AT_ONCE = 5_000
+IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema([("source", pa.string()), ("target", pa.string()), ("input_ids", IDS), ("labels", IDS)])
+CODE = ("preprocess.py", "prepared.py", "text.py", "tokenizer.py")  # what decides the output besides its inputs
 
 
 def run(run: Run) -> dict[str, Any]:
     """Tokenise the usable pairs of every split, unless the very same has been done before."""
-    settings = run.settings.preprocessing
-    pulled = run.result("pull")
+    settings, pulled = run.settings.preprocessing, run.result("pull")
     characters = run.result("validate")["characters"]["added"]
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         run.store.download(run.key("validation", "quarantine.parquet"), scratch / "quarantine.parquet")
-        aside = pd.read_parquet(scratch / "quarantine.parquet")
+        aside = rows_set_aside(scratch / "quarantine.parquet")
         inputs = {
-            "format": FORMAT,
+            "code": code_fingerprint(),
             "dataset": pulled["dataset"],
-            "quarantined": sorted(zip(aside["split"], (int(row) for row in aside["row"]), strict=True)),
+            "quarantined": {split: hashlib.sha256(rows.tobytes()).hexdigest() for split, rows in aside.items()},
             "tokenizer": pulled["base_model"],
             "characters": characters,
             "settings": settings.model_dump(),
@@ -58,48 +67,84 @@ def run(run: Run) -> dict[str, Any]:
             about = artifacts.read_manifest(run.store, key).metadata
             log.info("%s is in the store already", key)
         except MissingObjectError:
-            prepared_directory = scratch / "prepared"
-            extend(
-                fetch_tokenizer(run.store, pulled["base_model"], scratch), characters, prepared_directory / TOKENIZER
-            )
-            tokenizer = load_tokenizer(prepared_directory / TOKENIZER)
+            prepared = scratch / "prepared"
+            extend(fetch_tokenizer(run.store, pulled["base_model"], scratch), characters, prepared / TOKENIZER)
+            backend = load_tokenizer(prepared / TOKENIZER).backend_tokenizer
             artifacts.fetch(run.store, pulled["dataset"], scratch / "data", manifest_name=DATASET_MANIFEST)
-            prepared = DatasetDict()
+            about = {"characters": "".join(characters), "rows": {}, "truncated": {}}
             for split in SPLITS:
-                texts = pd.read_parquet(scratch / "data" / f"{split}.parquet")
-                texts = texts.drop(index=aside.loc[aside["split"] == split, "row"])
-                prepared[split] = tokenise(texts, tokenizer, settings.prompt, settings.max_tokens)
-            about = {
-                "characters": "".join(characters),
-                "rows": {split: rows.num_rows for split, rows in prepared.items()},
-                "truncated": {split: sum(rows["truncated"][:]) for split, rows in prepared.items()},
-            }
-            prepared.remove_columns("truncated").save_to_disk(prepared_directory)
-            artifacts.publish(run.store, key, prepared_directory, about)
+                texts, output = scratch / "data" / f"{split}.parquet", prepared / f"{split}.arrow"
+                counts = prepare(texts, aside[split], output, backend=backend, settings=settings)
+                about["rows"][split], about["truncated"][split] = counts
+            artifacts.publish(run.store, key, prepared, about)
     rows, cut = sum(about["rows"].values()), sum(about["truncated"].values())
     summary = f"{rows:,} pairs in {key}, {cut:,} truncated, {len(characters)} characters added to the tokenizer"
     return {"summary": summary, "prepared": key, **about}
 
 
-def tokenise(texts: pd.DataFrame, tokenizer: Any, prompt: str, max_tokens: int) -> Dataset:
-    """Token ids of pairs, unpadded: `input_ids` (prompt and source), `labels` (target); each ends in the end token."""
-
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        inputs = tokenizer([prompt + text for text in batch["source"]], verbose=False)["input_ids"]
-        labels = tokenizer(batch["target"], verbose=False)["input_ids"]
-        return {
-            "truncated": [max(len(i), len(t)) > max_tokens for i, t in zip(inputs, labels, strict=True)],
-            "input_ids": [_cut(ids, max_tokens) for ids in inputs],
-            "labels": [_cut(ids, max_tokens) for ids in labels],
-        }
-
-    rows = Dataset.from_dict({side: [normalise(text) for text in texts[side]] for side in ("source", "target")})
-    return rows.map(encode, batched=True)
+def rows_set_aside(quarantine: Path) -> dict[str, np.ndarray]:
+    """The rows that validation has set aside, in order, of each split."""
+    table = pq.read_table(quarantine, columns=["split", "row"])
+    splits, rows = table["split"].to_numpy(), table["row"].to_numpy()
+    return {split: np.sort(rows[splits == split]) for split in SPLITS}
 
 
-def normalise(text: str) -> str:
-    """The same text, composed (NFC) and with single spaces: what differs only there must not look different."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+def code_fingerprint() -> str:
+    """What the code is that makes prepared data: this module's and its helpers' text, and the tokenizer library."""
+    digest = hashlib.sha256(tokenizers.__version__.encode())
+    for name in CODE:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()
+
+
+def prepare(
+    texts: Path,
+    aside: np.ndarray,
+    output: Path,
+    *,
+    backend: tokenizers.Tokenizer,
+    settings: Preprocessing,
+    processes: int | None = None,
+) -> tuple[int, int]:
+    """Write a split's token ids as an Arrow file; returns the number of its pairs, and how many were truncated."""
+    function = functools.partial(encode, backend=backend, prompt=settings.prompt, max_tokens=settings.max_tokens)
+    processes = processes or processes_for(pq.ParquetFile(texts).metadata.num_rows)
+    rows = truncated = 0
+    with pa.OSFile(str(output), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
+        for batch in in_order(function, usable(texts, aside), processes):
+            writer.write_batch(batch.select(SCHEMA.names))
+            rows += batch.num_rows
+            truncated += batch["truncated"].true_count
+    return rows, truncated
+
+
+def usable(texts: Path, aside: np.ndarray) -> Iterator[pa.RecordBatch]:
+    """A split's rows without those set aside, some thousands at once."""
+    first = 0
+    for batch in pq.ParquetFile(texts).iter_batches(ROWS_AT_ONCE):
+        rows = np.arange(first, first + batch.num_rows)
+        yield batch.filter(pa.array(~np.isin(rows, aside, assume_unique=True)))
+        first += batch.num_rows
+
+
+def encode(texts: pa.RecordBatch, backend: tokenizers.Tokenizer, prompt: str, max_tokens: int) -> pa.RecordBatch:
+    """Token ids of pairs, unpadded: `input_ids` (prompt and source), `labels` (target); each ends in the end token.
+
+    Beside them the normalised `source` and `target`, and `truncated`: whether a side had more than `max_tokens`.
+    """
+    backend.no_truncation()  # what is cut is counted, and keeps its end token
+    backend.no_padding()
+    source, target = ([normalise(text) for text in texts[side].to_pylist()] for side in ("source", "target"))
+    inputs = [encoding.ids for encoding in backend.encode_batch_fast([prompt + text for text in source])]
+    labels = [encoding.ids for encoding in backend.encode_batch_fast(target)]
+    columns = {
+        "source": source,
+        "target": target,
+        "input_ids": [_cut(ids, max_tokens) for ids in inputs],
+        "labels": [_cut(ids, max_tokens) for ids in labels],
+        "truncated": [max(len(i), len(t)) > max_tokens for i, t in zip(inputs, labels, strict=True)],
+    }
+    return pa.RecordBatch.from_pydict(columns, SCHEMA.append(pa.field("truncated", pa.bool_())))
 
 
 def _cut(ids: list[int], length: int) -> list[int]:

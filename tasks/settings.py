@@ -99,10 +99,39 @@ class Validation(Section):
         ge=1,
         description="Longest side over shortest side in characters, both plus ten so that short ones may differ",
     )
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="Share of common words from which a training pair is nearly one that judges the model"
+    )
+    max_one_fault: Fraction = Field(0.05, description="Largest share of a split's pairs with the same fault")
     max_quarantine: Fraction = Field(0.1, description="Largest share of a split's pairs that may be set aside")
+    max_conflicting: Fraction = Field(
+        0.5, description="Largest share of a split's pairs whose source also has another translation"
+    )
     max_unknown_rate: Fraction = Field(
         0.01, description="Largest share of target tokens that the tokenizer cannot express"
     )
+    max_row_change: float | None = Field(
+        None, ge=0, description="How far the number of training pairs may be from production's, relative to the smaller"
+    )
+    max_length_drift: Fraction | None = Field(
+        None, description="How far the lengths may be from production's (Kolmogorov-Smirnov distance)"
+    )
+    max_language_drift: Fraction | None = Field(
+        None, description="How far the mix of languages may be from production's (share of sentences)"
+    )
+    max_trigram_drift: Fraction | None = Field(
+        None, description="How far the text may be from production's (Jensen-Shannon distance of its letter trigrams)"
+    )
+
+    @property
+    def drift_limits(self) -> dict[str, float | None]:
+        """The limit for each of `tasks.drift.MEASURES`."""
+        return {
+            "rows": self.max_row_change,
+            "lengths": self.max_length_drift,
+            "languages": self.max_language_drift,
+            "trigrams": self.max_trigram_drift,
+        }
 
 
 class Preprocessing(Section):

@@ -2,130 +2,295 @@
 
     python -m tasks validate --run s3://retrain/runs/RUN_ID
 
-Reads    datasets/NAME/PAIR/FINGERPRINT/*.parquet, the base model's tokenizer
+Reads    datasets/NAME/PAIR/FINGERPRINT/*.parquet, the base model's tokenizer, the dataset behind production
 Writes   runs/RUN_ID/validation/result.json          what Great Expectations found, split by split
          runs/RUN_ID/validation/docs/index.html      the same as Data Docs, for people
-         runs/RUN_ID/validation/quarantine.parquet   the pairs set aside: split, row, source, target, reasons
-Result   rows, usable and quarantined pairs of each split, and how many for which reason; `characters`: those of the
-         target language that the tokenizer lacks, `added` in spare embedding rows or `left_out` for want of rows
+         runs/RUN_ID/validation/quarantine.parquet   the pairs set aside: split, row, source, target, reasons, evidence
+         runs/RUN_ID/validation/shape.json           counts of lengths and length ratios, for the report's plots
+Result   rows, usable and quarantined pairs of each split, and how many for which reason; `unknown_rate`; `conflicting`;
+         `drift` against production; `characters`: those of the target language that the tokenizer lacks, `added` in
+         spare embedding rows or `left_out` for want of rows
 
-A pair that breaks a rule about pairs is set aside. A split with too few usable pairs, too many set aside, or too many
-tokens that the tokenizer cannot express fails the step.
+A pair that breaks a rule is set aside, unless preprocessing mends it. What is wrong with a split as a whole fails the
+step: too few usable pairs, too many set aside or for one reason, too many tokens that the tokenizer cannot express, too
+far from what production was trained on. What is expected is written down in `suite_of_pairs` and `suite_of_split`.
+
+Nothing here holds the corpus in memory: texts go through in batches, and only the marks of all pairs are kept.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import great_expectations as gx
 import great_expectations.expectations as gxe
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from tasks import artifacts
+from tasks import artifacts, drift, registry
 from tasks.errors import DataError
-from tasks.preprocess import normalise
-from tasks.pull import DATASET_MANIFEST, SPLITS
-from tasks.rules import RULES, mark, quarantine
+from tasks.parallel import in_order, processes_for
+from tasks.pull import DATASET_MANIFEST, SCHEMA, SPLITS
+from tasks.rules import COLUMNS, RULES, Judged, Pair, mark, mark_repeated, pairs_of, reasons
 from tasks.run import Run
-from tasks.settings import Validation
-from tasks.storage import to_json
-from tasks.tokenizer import choose, embedding_rows, extend, fetch_tokenizer, load_tokenizer
+from tasks.settings import Settings, Validation
+from tasks.storage import MissingObjectError, Store, to_json
+from tasks.text import normalise
+from tasks.tokenizer import Choice, choose, embedding_rows, extend, fetch_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 10_000
+RESULT, QUARANTINE, SHAPE = "result.json", "quarantine.parquet", "shape.json"
+ASIDE = pa.schema(
+    [
+        ("split", pa.string()),
+        ("row", pa.int64()),
+        *((name, pa.string()) for name in ("source", "target", "reasons", "evidence")),
+    ]
+)
+
+
+class Finding(NamedTuple):
+    """An expectation that is not met: how far, as observed over allowed, and a sentence."""
+
+    severity: float
+    sentence: str
 
 
 def run(run: Run) -> dict[str, Any]:
     """Validate every split. Raises `DataError` with the worst findings when the corpus is not fit for training."""
-    settings = run.settings
-    pulled = run.result("pull")
-    with tempfile.TemporaryDirectory() as scratch:
-        data = Path(scratch) / "data"
-        artifacts.fetch(run.store, pulled["dataset"], data, manifest_name=DATASET_MANIFEST)
-        tokenizer = fetch_tokenizer(run.store, pulled["base_model"], Path(scratch))
-        frames = {split: pd.read_parquet(data / f"{split}.parquet") for split in SPLITS}
-        mark(frames, settings.validation)
-        seen = count_characters(frames["train"])
-        characters = choose(tokenizer, seen, embedding_rows(run.store, pulled["base_model"]))
-        extend(tokenizer, characters.added, Path(scratch) / "extended")
-        extended = load_tokenizer(Path(scratch) / "extended")
-        for frame in frames.values():
-            frame["unknown_share"] = unknown_shares(extended, frame["target"].fillna("").tolist())
-        docs = Path(scratch) / "docs"
-        result = judge(frames, settings.validation, docs)
-        quarantined = quarantine(frames)
-        quarantined.to_parquet(Path(scratch) / "quarantine.parquet", index=False)
-        run.store.put(run.key("validation", "result.json"), to_json(result["splits"]))
-        run.store.upload(Path(scratch) / "quarantine.parquet", run.key("validation", "quarantine.parquet"))
-        pages = {
-            run.key("validation", "docs", p.relative_to(docs).as_posix()): p for p in docs.rglob("*") if p.is_file()
+    settings, pulled = run.settings, run.result("pull")
+    limits = settings.validation
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        artifacts.fetch(run.store, pulled["dataset"], scratch / "data", manifest_name=DATASET_MANIFEST)
+        files = {split: scratch / "data" / f"{split}.parquet" for split in SPLITS}
+        for split, path in files.items():
+            refuse_other_columns(split, path)
+        marks = mark_splits(files, settings)
+        aside = set_aside(files, marks, scratch / QUARANTINE)
+        base = fetch_tokenizer(run.store, pulled["base_model"], scratch)
+        seen = count_characters(files["train"], marks["train"])
+        characters = choose(base, seen, embedding_rows(run.store, pulled["base_model"]))
+        say_what_is_left_out(characters, seen.total())
+        extend(base, characters.added, scratch / "extended")
+        tokenizer = load_tokenizer(scratch / "extended")
+        wholes = {
+            split: describe(marks[split], unknown_rate(tokenizer, files[split], marks[split])) for split in SPLITS
         }
-        run.store.upload_all(pages)
-    if result["failures"]:
-        worst = "; ".join(result["failures"][:3])
+        wholes["train"]["drift"] = compare(run, pulled["dataset"], files["train"], scratch / "production")
+        splits, findings = judge(marks, wholes, limits, scratch / "docs")
+        run.store.put(run.key("validation", RESULT), to_json(splits))
+        run.store.put(run.key("validation", SHAPE), to_json(shape(marks["train"])))
+        run.store.upload(scratch / QUARANTINE, run.key("validation", QUARANTINE))
+        docs = scratch / "docs"
+        pages = {p.relative_to(docs).as_posix(): p for p in docs.rglob("*") if p.is_file()}
+        run.store.upload_all({run.key("validation", "docs", name): path for name, path in pages.items()})
+    if findings:
+        worst = "; ".join(finding.sentence for finding in sorted(findings, reverse=True)[:3])
         raise DataError(f"the corpus is not fit for training: {worst}. See {run.uri}/validation/docs/index.html")
-    counts = {split: int(frame["usable"].sum()) for split, frame in frames.items()}
+    usable = {split: whole["usable"] for split, whole in wholes.items()}
     return {
-        "summary": f"valid: {sum(counts.values()):,} usable pairs, {len(quarantined):,} set aside",
-        "rows": {split: len(frame) for split, frame in frames.items()},
-        "usable": counts,
-        "quarantined": {rule.column: sum(int(frame[rule.column].sum()) for frame in frames.values()) for rule in RULES},
-        "unknown_rate": {split: round(float(frame["unknown_share"].mean()), 5) for split, frame in frames.items()},
+        "summary": f"valid: {sum(usable.values()):,} usable pairs, {aside:,} set aside",
+        "rows": {split: len(table) for split, table in marks.items()},
+        "usable": usable,
+        "quarantined": {name: sum(int(table[name].notna().sum()) for table in marks.values()) for name in COLUMNS},
+        "unknown_rate": {split: round(whole["unknown_rate"], 6) for split, whole in wholes.items()},
+        "conflicting": {split: round(whole["conflicting"], 6) for split, whole in wholes.items()},
+        "drift": wholes["train"]["drift"],
         "characters": characters._asdict(),
     }
 
 
-def count_characters(train: pd.DataFrame) -> Counter[str]:
-    """How often each character occurs in the usable targets, as `preprocess` will have them."""
-    return Counter(char for text in train.loc[train["usable"], "target"] for char in normalise(text))
+def refuse_other_columns(split: str, path: Path) -> None:
+    """Raise `DataError` when a split's file has not the columns that `pull` writes."""
+    found = pq.read_schema(path)
+    if not found.equals(SCHEMA):
+        columns = ", ".join(f"{field.name}: {field.type}" for field in found)
+        raise DataError(
+            f"{split}.parquet of the dataset has the columns {columns}: expected source and target, both string"
+        )
 
 
-def unknown_shares(tokenizer: Any, texts: list[str]) -> list[float]:
-    """For each text, the share of its tokens that are the unknown token."""
-    if not texts:
-        return []
-    unk = tokenizer.unk_token_id
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [row.count(unk) / max(1, len(row)) for row in ids]
+def batches(path: Path) -> Iterator[list[Pair]]:
+    """A split's pairs, some thousands at once."""
+    row = 0
+    for batch in pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE):
+        yield pairs_of(batch["source"].to_pylist(), batch["target"].to_pylist(), row)
+        row += batch.num_rows
 
 
-def suite_for(split: str, limits: Validation) -> gx.ExpectationSuite:
-    """What is expected of a split: the one place where it is written down."""
+def mark_splits(files: dict[str, Path], settings: Settings, processes: int | None = None) -> dict[str, pd.DataFrame]:
+    """The marks of every split: which rules each pair breaks, and the evidence (see `tasks.rules.mark`)."""
+    marks: dict[str, pd.DataFrame] = {}
+    judged: dict[str, list[Pair]] = {}
+    for split in reversed(SPLITS):  # test first: what it holds may stand in neither of the others
+        function = functools.partial(
+            mark,
+            limits=settings.validation,
+            languages=settings.data.languages,
+            judged=Judged(judged, settings.validation.near_duplicate),
+        )
+        rows = pq.ParquetFile(files[split]).metadata.num_rows
+        found = in_order(function, batches(files[split]), processes or processes_for(rows))
+        table = pa.Table.from_batches(found).to_pandas()
+        mark_repeated(table)
+        log.info("%s: %s pairs, %s usable", split, f"{rows:,}", f"{int(table['usable'].sum()):,}")
+        if split != "train":
+            judged[split] = [pair for batch in batches(files[split]) for pair in batch]
+        marks[split] = table
+    return {split: marks[split] for split in SPLITS}
+
+
+def set_aside(files: dict[str, Path], marks: dict[str, pd.DataFrame], path: Path) -> int:
+    """Write the pairs that are not usable, with the reasons, and return how many they are."""
+    total = 0
+    with pq.ParquetWriter(path, ASIDE, compression="zstd") as writer:
+        for split, table in marks.items():
+            why = iter(reasons(table).to_dict("records"))
+            usable = table["usable"].to_numpy()
+            for batch in batches(files[split]):
+                rows = [{**pair._asdict(), **next(why), "split": split} for pair in batch if not usable[pair.row]]
+                writer.write_table(pa.Table.from_pylist(rows, ASIDE))
+                total += len(rows)
+    return total
+
+
+def usable_targets(path: Path, marks: pd.DataFrame) -> Iterator[list[str]]:
+    """The usable target sentences as `preprocess` will have them, some thousands at once."""
+    usable = marks["usable"].to_numpy()
+    for batch in batches(path):
+        yield [normalise(pair.target or "") for pair in batch if usable[pair.row]]
+
+
+def count_characters(path: Path, marks: pd.DataFrame) -> Counter[str]:
+    """How often each character occurs in the usable targets."""
+    counts: Counter[str] = Counter()
+    for texts in usable_targets(path, marks):
+        counts.update("".join(texts))
+    return counts
+
+
+def say_what_is_left_out(characters: Choice, total: int) -> None:
+    """Warn of characters that the tokenizer lacks and for which the embedding has no spare row."""
+    if characters.left_out:
+        missing, share = len(characters.left_out), sum(characters.left_out.values()) / total
+        log.warning(
+            "the embedding has too few spare rows: %s more are needed for %s, which stay unknown: %.4f%% of the "
+            "target's characters",
+            *(missing, "".join([*characters.left_out][:30]) + ("..." if missing > 30 else ""), 100 * share),
+        )
+
+
+def unknown_rate(tokenizer: Any, path: Path, marks: pd.DataFrame) -> float:
+    """The share of the usable targets' tokens that are the unknown token."""
+    unknown = tokens = 0
+    for texts in usable_targets(path, marks):
+        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            unknown += encoding.ids.count(tokenizer.unk_token_id)
+            tokens += len(encoding.ids)
+    return unknown / max(1, tokens)
+
+
+def describe(marks: pd.DataFrame, unknown: float) -> dict[str, Any]:
+    """A split as a whole, as `suite_of_split` judges it."""
+    usable = int(marks["usable"].sum())
+    return {
+        "usable": usable,
+        "set_aside": 1 - usable / max(1, len(marks)),
+        "unknown_rate": unknown,
+        "conflicting": float(marks["conflicting"].sum()) / max(1, usable),
+        "drift": None,
+    }
+
+
+def compare(run: Run, dataset: str, train: Path, scratch: Path) -> dict[str, float] | None:
+    """How far the training pairs are from those behind production; None when there is nothing to compare with."""
+    champion = registry.champion_of(run.store, run.settings.name, run.id)
+    if not champion:
+        log.info("drift: nothing is in production yet to compare with")
+        return None
+    before = registry.manifest(run.store, run.settings.name, champion).metadata["lineage"].get("dataset")
+    try:
+        found = drift.distances(drift.profile(train), drift.profile(_production_train(run.store, before, scratch)))
+    except MissingObjectError as error:
+        log.warning(
+            "drift: production's dataset is no longer in the store, so there is none to compare with: %s", error
+        )
+        return None
+    log.info("drift from %s: %s", before, ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+    return {name: round(value, 6) for name, value in found.items()}
+
+
+def _production_train(store: Store, dataset: str | None, scratch: Path) -> Path:
+    if not dataset:
+        raise MissingObjectError("the production version's manifest names no dataset")
+    wanted = "train.parquet"
+    artifacts.fetch(store, dataset, scratch, manifest_name=DATASET_MANIFEST, wanted=lambda path: path == wanted)
+    return scratch / wanted
+
+
+def shape(marks: pd.DataFrame) -> dict[str, Any]:
+    """Counts for the report's plots: pairs by length of each side, and by target length over source length."""
+    edges = [0, 10, 20, 40, 60, 80, 100, 150, 200, 300, 500, 1000]
+    ratios = [round(2 ** (step / 4), 2) for step in range(-8, 9)]
+    usable = marks[marks["usable"]]
+    relative = usable["target_length"] / usable["source_length"].clip(lower=1)
+    return {
+        "length_edges": edges,
+        **{side: np.histogram(usable[f"{side}_length"], [*edges, np.inf])[0].tolist() for side in ("source", "target")},
+        "ratio_edges": ratios,
+        "ratios": np.histogram(relative.clip(ratios[0], ratios[-1]), ratios)[0].tolist(),
+    }
+
+
+def suite_of_pairs(limits: Validation) -> list[Any]:
+    """What is expected of single pairs: no evidence against them, but for a few, which are set aside or mended."""
+    return [
+        gxe.ExpectColumnValuesToBeNull(column=rule.column, mostly=1 - limits.max_one_fault, notes=rule.reason)
+        for rule in RULES
+    ]
+
+
+def suite_of_split(split: str, limits: Validation) -> list[Any]:
+    """What is expected of a split as a whole."""
     min_rows = limits.min_train_rows if split == "train" else limits.min_eval_rows
-    reason = {rule.column: rule.reason for rule in RULES}
-    return gx.ExpectationSuite(
-        name=split,
-        expectations=[
-            gxe.ExpectColumnValuesToBeOfType(column="source", type_="str", notes="sentences are text"),
-            gxe.ExpectColumnValuesToBeOfType(column="target", type_="str", notes="sentences are text"),
-            *(
-                gxe.ExpectColumnValuesToBeInSet(
-                    column=column, value_set=[False], mostly=1 - limits.max_quarantine, notes=text
-                )
-                for column, text in reason.items()
-            ),
-            gxe.ExpectColumnMeanToBeBetween(
-                column="usable", min_value=1 - limits.max_quarantine, notes="few pairs may be set aside"
-            ),
-            gxe.ExpectColumnSumToBeBetween(
-                column="usable", min_value=min_rows, notes="enough pairs must be left to train or to judge on"
-            ),
-            gxe.ExpectColumnMeanToBeBetween(
-                column="unknown_share",
-                max_value=limits.max_unknown_rate,
-                notes="what the tokenizer cannot express, no training can teach",
-            ),
-        ],
-    )
+
+    def at_most(column: str, limit: float, reason: str) -> Any:
+        return gxe.ExpectColumnValuesToBeBetween(column=column, max_value=limit, mostly=1.0, notes=reason)
+
+    expectations = [
+        gxe.ExpectColumnValuesToBeBetween(
+            column="usable", min_value=min_rows, mostly=1.0, notes="enough pairs must be left to train or to judge on"
+        ),
+        at_most("set_aside", limits.max_quarantine, "few pairs may be set aside, for whatever reasons"),
+        at_most("unknown_rate", limits.max_unknown_rate, "what the tokenizer cannot express, no training can teach"),
+        at_most("conflicting", limits.max_conflicting, "a source with several translations teaches none of them well"),
+    ]
+    if split == "train":
+        expectations += [
+            at_most(f"drift_{name}", limit, f"the {name} must not be far from those that production was trained on")
+            for name, limit in limits.drift_limits.items()
+            if limit is not None
+        ]
+    return expectations
 
 
-def judge(frames: dict[str, pd.DataFrame], limits: Validation, docs: Path) -> dict[str, Any]:
-    """Let Great Expectations check every split and write its Data Docs to `docs`.
+def judge(
+    marks: dict[str, pd.DataFrame], wholes: dict[str, dict[str, Any]], limits: Validation, docs: Path
+) -> tuple[dict[str, Any], list[Finding]]:
+    """Let Great Expectations check every split, pair by pair and as a whole, and write its Data Docs to `docs`.
 
-    Returns `splits`, each split's full result, and `failures`, a sentence for each expectation not met.
+    Returns the full results by name of the suite, and what is not as expected.
     """
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}  # type: ignore[assignment]
@@ -138,37 +303,58 @@ def judge(frames: dict[str, pd.DataFrame], limits: Validation, docs: Path) -> di
         },
     )
     source = context.data_sources.add_pandas("corpus")
-    splits, failures = {}, []
-    for split, frame in frames.items():
-        batch = source.add_dataframe_asset(split).add_batch_definition_whole_dataframe("whole")
-        definition = context.validation_definitions.add(
-            gx.ValidationDefinition(name=split, data=batch, suite=context.suites.add(suite_for(split, limits)))
-        )
-        checkpoint = gx.Checkpoint(
-            name=split,
-            validation_definitions=[definition],
-            actions=[gx.checkpoint.UpdateDataDocsAction(name="docs", site_names=["local"])],
-            result_format={
-                "result_format": "SUMMARY",
-                "unexpected_index_column_names": ["row", "source", "target"],
-                "partial_unexpected_count": 20,
-            },
-        )
-        outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": frame})
-        (found,) = outcome.run_results.values()
-        splits[split] = found.to_json_dict()
-        failures += [_sentence(split, frame, result) for result in found.results if not result.success]
-    return {"splits": splits, "failures": failures}
+    results: dict[str, Any] = {}
+    findings: list[Finding] = []
+    for split, table in marks.items():
+        for name, frame, expectations in (
+            (f"{split}, pair by pair", table[["row", *COLUMNS]], suite_of_pairs(limits)),
+            (f"{split} as a whole", one_row(wholes[split]), suite_of_split(split, limits)),
+        ):
+            suite = context.suites.add(gx.ExpectationSuite(name=name, expectations=expectations))
+            batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("whole")
+            checkpoint = gx.Checkpoint(
+                name=name,
+                validation_definitions=[
+                    context.validation_definitions.add(gx.ValidationDefinition(name=name, data=batch, suite=suite))
+                ],
+                actions=[gx.checkpoint.UpdateDataDocsAction(name="docs", site_names=["local"])],
+                result_format={
+                    "result_format": "SUMMARY",
+                    "unexpected_index_column_names": ["row"],
+                    "partial_unexpected_count": 20,
+                },
+            )
+            outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": frame})
+            (found,) = outcome.run_results.values()
+            results[name] = found.to_json_dict()
+            findings += [finding(split, frame, result) for result in found.results if not result.success]
+    return results, findings
 
 
-def _sentence(split: str, frame: pd.DataFrame, result: Any) -> str:
+def one_row(whole: dict[str, Any]) -> pd.DataFrame:
+    """A split as a whole, as Great Expectations reads it: a table of one row; no drift is nowhere too far."""
+    measures = {name: value for name, value in whole.items() if name != "drift"}
+    distances = whole["drift"] or dict.fromkeys(drift.MEASURES, 0.0)
+    return pd.DataFrame([{"row": 0, **measures, **{f"drift_{name}": value for name, value in distances.items()}}])
+
+
+def finding(split: str, frame: pd.DataFrame, result: Any) -> Finding:
+    """One unmet expectation in words, with how far it is from being met."""
     expectation = result.expectation_config
-    column = expectation.kwargs["column"]
-    found = result.result
-    if "unexpected_percent" in found:
-        seen = f"{found['unexpected_percent']:.1f}% of pairs"
-    elif expectation.type == "expect_column_mean_to_be_between" and column == "usable":
-        seen = f"{1 - found['observed_value']:.1%} of pairs set aside"
-    else:
-        seen = f"{column} is {found.get('observed_value')}"
-    return f"{split}: {seen} ({expectation.notes})"
+    column, kwargs = expectation.kwargs["column"], expectation.kwargs
+    if expectation.type == "expect_column_values_to_be_null":
+        share, limit = result.result["unexpected_percent"] / 100, 1 - kwargs["mostly"]
+        seen = f"{share:.1%} of the pairs, at most {limit:.1%} may ({expectation.notes})"
+        return Finding(share / max(limit, 1e-9), f"{split}: {column} in {seen}")
+    value = frame[column].iloc[0]
+    if kwargs.get("min_value") is not None:
+        limit = kwargs["min_value"]
+        return Finding(
+            limit / max(value, 1e-9),
+            f"{split}: {value:,} {column} pairs, at least {limit:,} are needed ({expectation.notes})",
+        )
+    limit = kwargs["max_value"]
+    return Finding(
+        value / max(limit, 1e-9),
+        f"{split}: {column} is {value:.4g}, at most {limit:g} is allowed ({expectation.notes})",
+    )
