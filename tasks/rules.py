@@ -246,7 +246,7 @@ def _languages_of(text: str) -> dict[str, float]:
 
 @cache
 def _identifier() -> LangDetector:
-    return LangDetector(LangDetectConfig(model="lite"))
+    return LangDetector(LangDetectConfig(model="lite", max_input_length=1000))  # the one in the package
 
 
 @cache

@@ -31,7 +31,7 @@ def fold(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return unicodedata.normalize("NFC", text).translate(PLAIN)
+    return unicodedata.normalize("NFC", text.translate(PLAIN))
 
 
 def _character(entity: re.Match[str]) -> str:
