@@ -351,7 +351,7 @@ def finding(split: str, frame: pd.DataFrame, result: Any) -> Finding:
         limit = kwargs["min_value"]
         return Finding(
             limit / max(value, 1e-9),
-            f"{split}: {value:,} {column} pairs, at least {limit:,} are needed ({expectation.notes})",
+            f"{split}: {value:,} {column} pairs, at least {limit:,.0f} are needed ({expectation.notes})",
         )
     limit = kwargs["max_value"]
     return Finding(

@@ -7,23 +7,28 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import DatasetDict
+from conftest import bucket_of
 
+from scripts.object_store import Server
 from tasks import artifacts, registry
 from tasks.__main__ import main
 from tasks.prepared import fetch_prepared
+from tasks.preprocess import prepare
 from tasks.pull import DATASET_MANIFEST
 from tasks.run import Run
+from tasks.settings import Preprocessing, load
 from tasks.storage import Store
 from tasks.tokenizer import load_tokenizer
+from tasks.validate import mark_splits
 
 ROOT = Path(__file__).resolve().parents[2]
 Pair = tuple[str | None, str | None]
@@ -55,6 +60,13 @@ def reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.touch()
     monkeypatch.setenv("RETRAIN_TERMINATION_LOG", str(path))
     return path
+
+
+@pytest.fixture
+def store(ministack: Server) -> Iterator[Store]:
+    """An empty bucket of one kind of store: that all of them behave alike is tested elsewhere."""
+    with bucket_of(ministack) as store:
+        yield store
 
 
 @pytest.fixture
@@ -244,8 +256,7 @@ def test_clean_data_passes_and_is_tokenised(
     prepared = result(store, "preprocess")
     assert prepared["rows"] == {split: len(pairs) for split, pairs in CLEAN.items()}
     assert sum(prepared["truncated"].values()) == 0
-    artifacts.fetch(store, prepared["prepared"], tmp_path / "prepared")
-    rows = DatasetDict.load_from_disk(tmp_path / "prepared")["train"]
+    rows = fetch_prepared(Run.at(f"s3://{store.bucket}/runs/r"), tmp_path).splits["train"]
     assert set(rows.column_names) == {"source", "target", "input_ids", "labels"}
     assert all(ids[-1] == 1 for column in ("input_ids", "labels") for ids in rows[column])
 
@@ -253,15 +264,26 @@ def test_clean_data_passes_and_is_tokenised(
 def test_bad_pairs_are_set_aside_with_reasons_and_never_trained_on(
     store: Store, corpus: Make, step: Callable[..., int], tmp_path: Path
 ) -> None:
-    bad: list[Pair] = [(None, "nada"), ("<b>bold</b> words here", "palabras"), ("Madrid", "Madrid"), CLEAN["test"][0]]
-    source = corpus({**CLEAN, "train": [*bad, *CLEAN["train"]]})
+    bad: list[Pair] = [
+        (None, "nada"),
+        ("<b>bold</b> words here", "palabras\u0007"),
+        ("Madrid", "Madrid"),
+        CLEAN["test"][0],
+    ]
+    mended = ("A&ntilde;o nuevo,  “vida” nueva.", "New Year, new life.")
+    source = corpus({**CLEAN, "train": [*bad, *CLEAN["train"], mended]})
     assert step("pull", "validate", "preprocess", source=source) == 0
     store.download("runs/r/validation/quarantine.parquet", tmp_path / "q.parquet")
     table = pd.read_parquet(tmp_path / "q.parquet")
     assert table["split"].tolist() == ["train"] * 4
     assert table["row"].tolist() == [0, 1, 2, 3]
-    assert table["reasons"].tolist() == ["blank", "markup", "identical", "leaked"]
-    assert result(store, "preprocess")["rows"]["train"] == len(CLEAN["train"])
+    assert table["reasons"].tolist() == ["blank", "markup, damaged", "identical", "leaked"]
+    assert table["evidence"][1] == "markup: <b>; damaged: U+0007"
+    assert table["source"][1:3].tolist() == ["<b>bold</b> words here", "Madrid"]
+    rows = fetch_prepared(Run.at(f"s3://{store.bucket}/runs/r"), tmp_path).splits["train"]
+    assert rows.num_rows == len(CLEAN["train"]) + 1
+    assert rows["source"][-1] == 'Año nuevo, "vida" nueva.'
+    assert result(store, "validate")["quarantined"]["entity"] == 1
 
 
 def test_characters_that_the_tokenizer_lacks_get_spare_embedding_rows(
@@ -305,17 +327,27 @@ def test_preprocessing_the_same_again_is_one_look_up(
 @pytest.mark.parametrize(
     ("splits", "settings", "sentence"),
     [
-        ({}, {"validation.min_train_rows": 10_000}, "train: usable is 120 (enough pairs must be left"),
-        ({}, {"validation.min_eval_rows": 10_000}, "validation: usable is 110 (enough pairs must be left"),
+        ({}, {"validation.min_train_rows": 10_000}, "train: 120 usable pairs, at least 10,000 are needed"),
+        ({}, {"validation.min_eval_rows": 10_000}, "validation: 110 usable pairs, at least 10,000 are needed"),
         (
-            {"train": [*CLEAN["train"], *[("Madrid", "Madrid")] * 40]},
-            {},
-            "train: 25.0% of pairs (both sides are the same text",
+            {"train": [*CLEAN["train"], *[(f"Madrid {n}", f"Madrid {n}") for n in range(40)]]},
+            {"validation.max_quarantine": 0.5},
+            "train: identical in 25.0% of the pairs, at most 5.0% may (both sides are the same text",
+        ),
+        (
+            {"train": [*CLEAN["train"], *[(f"Madrid {n}", f"Madrid {n}") for n in range(40)]]},
+            {"validation.max_one_fault": 0.5},
+            "train: set_aside is 0.25, at most 0.1 is allowed (few pairs may be set aside",
         ),
         (
             {"validation": [(source, f"{target} 漢字仮名漢字仮名") for source, target in CLEAN["validation"]]},
             {},
-            "what the tokenizer cannot express, no training can teach",
+            "(what the tokenizer cannot express, no training can teach)",
+        ),
+        (
+            {"test": [("The same question?", target) for _, target in CLEAN["test"]]},
+            {},
+            "test: conflicting is 1, at most 0.5 is allowed (a source with several translations",
         ),
     ],
 )
@@ -331,10 +363,86 @@ def test_a_corpus_that_is_not_fit_stops_the_run_and_says_why(
 ) -> None:
     assert step("pull", "validate", source=corpus({**CLEAN, **splits}), **settings) == 65
     assert sentence in reason.read_text()
+    found = re.findall(r"(?:train|validation|test): (.*?) \(", reason.read_text())
+    assert len(set(found)) == 1  # that, and no other
     assert f"s3://{store.bucket}/runs/r/validation/docs/index.html" in reason.read_text()
     for name in ("docs/index.html", "result.json", "quarantine.parquet"):
         assert store.exists(f"runs/r/validation/{name}")
     assert Run.at(f"s3://{store.bucket}/runs/r").find_result("validate") is None
+
+
+def put_into_production(store: Store, dataset: str | None) -> None:
+    """A version that was trained on a dataset."""
+    lineage = {"inputs": "others", "dataset": dataset}
+    store.put_json("models/demo/versions/v/manifest.json", {"files": [], "lineage": lineage})
+    registry.move(store, "demo", "v", expected=None, who="another run", why="first")
+
+
+def test_drift_from_production_is_always_reported_and_fails_beyond_its_limits(
+    store: Store, corpus: Make, step: Callable[..., int], reason: Path
+) -> None:
+    assert step("pull", "validate", source=corpus(CLEAN)) == 0
+    assert result(store, "validate")["drift"] is None  # nothing in production yet
+    put_into_production(store, result(store, "pull")["dataset"])
+
+    longer = corpus({**CLEAN, "train": [(f"{s} ({s})", f"{t} ({t})") for s, t in CLEAN["train"][1:]]})
+    assert step("pull", "validate", source=longer, run="reported") == 0
+    drift = result(store, "validate", "reported")["drift"]
+    assert 0 < drift["rows"] < 0.01
+    assert drift["lengths"] == 1
+    assert step("pull", "validate", source=longer, run="limited", **{"validation.max_length_drift": 0.2}) == 65
+    assert "train: drift_lengths is 1, at most 0.2 is allowed (the lengths must not be far" in reason.read_text()
+
+
+def test_production_whose_dataset_is_gone_is_no_obstacle(store: Store, corpus: Make, step: Callable[..., int]) -> None:
+    put_into_production(store, "datasets/corpus/en-es/gone")
+    assert step("pull", "validate", source=corpus(CLEAN)) == 0
+    assert result(store, "validate")["drift"] is None
+
+
+@pytest.mark.parametrize("fault", ["column", "type"])
+def test_a_dataset_of_another_schema_is_refused(
+    fault: str, store: Store, corpus: Make, step: Callable[..., int], reason: Path, tmp_path: Path
+) -> None:
+    assert step("pull", source=corpus(CLEAN)) == 0
+    key = result(store, "pull")["dataset"]
+    artifacts.fetch(store, key, tmp_path / "data", manifest_name=DATASET_MANIFEST)
+    table = pd.read_parquet(tmp_path / "data" / "test.parquet")
+    table = table.rename(columns={"target": "es"}) if fault == "column" else table.assign(target=3)
+    table.to_parquet(tmp_path / "data" / "test.parquet", index=False)
+    artifacts.publish(store, f"{key}-other", tmp_path / "data", {}, manifest_name=DATASET_MANIFEST)
+    run = Run.at(f"s3://{store.bucket}/runs/r")
+    run.save_result("pull", {**run.result("pull"), "dataset": f"{key}-other"})
+    assert step("validate") == 65
+    assert "test.parquet of the dataset has the columns" in reason.read_text()
+    assert "expected source and target, both string" in reason.read_text()
+
+
+def test_what_is_prepared_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    pairs = CLEAN["train"] * 50
+    texts = tmp_path / "texts.parquet"
+    pq.write_table(pa.table({"source": [s for s, _ in pairs], "target": [t for _, t in pairs]}), texts)
+    backend = load_tokenizer(ROOT / "examples" / "demo" / "base-model").backend_tokenizer
+    settings = Preprocessing(prompt="translate: ", max_tokens=16)
+    outputs = [tmp_path / f"{processes}.arrow" for processes in (1, 2)]
+    for processes, output in enumerate(outputs, 1):
+        prepare(texts, np.array([3, 5]), output, backend=backend, settings=settings, processes=processes)
+    assert len({output.read_bytes() for output in outputs}) == 1
+
+
+def test_marks_do_not_depend_on_the_number_of_processes(corpus: Make, tmp_path: Path) -> None:
+    directory = corpus({**CLEAN, "train": [*CLEAN["train"] * 2, *CLEAN["test"]]})
+    files = {}
+    for split in CLEAN:
+        rows = pq.read_table(directory / "en-es" / f"{split}-00000-of-00001.parquet")["translation"].to_pylist()
+        files[split] = tmp_path / f"{split}.parquet"
+        pq.write_table(pa.table({"source": [r["en"] for r in rows], "target": [r["es"] for r in rows]}), files[split])
+    settings = load(ROOT / "config" / "demo.yaml")
+    one, two = (mark_splits(files, settings, processes) for processes in (1, 2))
+    for split in CLEAN:
+        pd.testing.assert_frame_equal(one[split], two[split])
+    assert int(one["train"]["duplicate"].notna().sum()) == len(CLEAN["train"])
+    assert int(one["train"]["leaked"].notna().sum()) == len(CLEAN["test"])
 
 
 def test_long_sentences_are_cut_and_counted(
@@ -343,7 +451,6 @@ def test_long_sentences_are_cut_and_counted(
     assert step("pull", "validate", "preprocess", source=corpus(CLEAN), **{"preprocessing.max_tokens": 12}) == 0
     prepared = result(store, "preprocess")
     assert prepared["truncated"]["train"] > 0
-    artifacts.fetch(store, prepared["prepared"], tmp_path / "prepared")
-    for rows in DatasetDict.load_from_disk(tmp_path / "prepared").values():
+    for rows in fetch_prepared(Run.at(f"s3://{store.bucket}/runs/r"), tmp_path).splits.values():
         assert max(map(len, rows["input_ids"])) == 12
         assert all(ids[-1] == 1 for ids in rows["input_ids"])
