@@ -73,6 +73,34 @@ def score_bars(scores: dict[str, tuple[float, float]]) -> str:
         return _svg(figure)
 
 
+def histogram(edges: list[float], counts: dict[str, list[int]], label: str) -> str:
+    """Bars between edges, one series a name, side by side; the last bar holds all that is beyond its edge."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
+        width = 0.8 / len(counts)
+        for place, (name, values) in enumerate(counts.items()):
+            offset = place * width - 0.4 + width / 2
+            places = [bar + offset for bar in range(len(values))]
+            axes.bar(places, values, width=width, color=(CANDIDATE, CHAMPION)[place % 2], label=name)
+        axes.set(xlabel=label, ylabel="pairs")
+        axes.set_xticks([edge - 0.5 for edge in range(len(edges))], [f"{edge:g}" for edge in edges])
+        if len(counts) > 1:
+            axes.legend()
+        return _svg(figure)
+
+
+def count_bars(counts: dict[str, int], label: str) -> str:
+    """A horizontal bar for each name, with its number."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6, 0.6 + 0.3 * len(counts)), layout="constrained")
+        bars = axes.barh(list(counts), list(counts.values()), height=0.6, color=CANDIDATE)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set(xlabel=label)
+        return _svg(figure)
+
+
 def _svg(figure: Any) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})

@@ -60,7 +60,8 @@ def render(run: Run) -> str:
         outcome=outcome(steps, run.settings),
         gate=steps["gate"],
         metrics=metrics,
-        rules={rule.column: rule.reason for rule in RULES},
+        rules=RULES,
+        data_plots=data_plots(run, steps["validate"]),
         loss_plot=Markup(plots.loss_curve(steps["train"]["epochs"])) if steps["train"] else None,  # noqa: S704
         score_plot=Markup(plots.score_bars(scores(metrics))) if metrics else None,  # noqa: S704
         sentences=differing_sentences(run) if metrics else [],
@@ -94,6 +95,26 @@ def scores(metrics: dict[str, Any]) -> dict[str, tuple[float, float]]:
     }
     slices = {f"BLEU, {name}": (part["champion"], part["candidate"]) for name, part in metrics["slices"].items()}
     return {**whole, **slices}
+
+
+def data_plots(run: Run, validated: dict[str, Any] | None) -> dict[str, Markup]:
+    """What the training pairs are like, by caption; of validation that failed there is the shape alone."""
+    plots_by_caption: dict[str, str] = {}
+    try:
+        shape = run.store.get_json(run.key("validation", "shape.json"))
+    except MissingObjectError:
+        return {}
+    lengths = {side: shape[side] for side in ("source", "target")}
+    plots_by_caption["Length of the usable training sentences"] = plots.histogram(
+        shape["length_edges"], lengths, "characters"
+    )
+    plots_by_caption["How much longer or shorter the translations are"] = plots.histogram(
+        shape["ratio_edges"], {"pairs": shape["ratios"]}, "target length / source length"
+    )
+    found = {name: count for name, count in (validated or {}).get("quarantined", {}).items() if count}
+    if found:
+        plots_by_caption["Pairs with a fault, by rule"] = plots.count_bars(found, "pairs")
+    return {caption: Markup(svg) for caption, svg in plots_by_caption.items()}  # noqa: S704
 
 
 def differing_sentences(run: Run) -> list[dict[str, Any]]:

@@ -61,7 +61,28 @@ def judged(run: Run, decision: str) -> None:
     """Results and files of every step up to the gate's."""
     pulled(run, changed=True)
     columns = [rule.column for rule in report.RULES]
-    run.save_result("validate", {"summary": "valid", "seconds": 1.0, "quarantined": dict.fromkeys(columns, 3)})
+    run.save_result(
+        "validate",
+        {
+            "summary": "valid",
+            "seconds": 1.0,
+            "quarantined": dict.fromkeys(columns, 3),
+            "rows": {"train": 9},
+            "usable": {"train": 8},
+            "unknown_rate": {"train": 0.25},
+            "conflicting": {"train": 0.5},
+            "characters": {"added": ["í", "<"], "left_out": {"ж": 2}},
+            "drift": {"rows": 0.5},
+        },
+    )
+    histogram = {
+        "length_edges": [0, 10],
+        "source": [1, 2],
+        "target": [2, 1],
+        "ratio_edges": [0.5, 1, 2],
+        "ratios": [1, 2],
+    }
+    run.store.put_json(run.key("validation", "shape.json"), histogram)
     run.save_result("preprocess", {"summary": "tokenised", "seconds": 1.0})
     epochs: list[dict[str, Any]] = [
         {"epoch": 0, "training_loss": None, "validation_loss": 2.0},
@@ -118,7 +139,8 @@ def test_a_refusal_begins_with_its_reasons(run: Run) -> None:
     judged(run, "reject")
     html = page(run)
     assert html.index(">Rejected</h1>") < html.index("BLEU is too low.") < html.index("Candidate against champion")
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 5  # scores, loss, and three of the data
+    assert "í &lt;, now in spare embedding rows" in html
 
 
 def test_a_promotion_shows_where_the_two_differ(run: Run) -> None:
