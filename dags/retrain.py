@@ -116,10 +116,20 @@ def retrain_dag(file: Path, settings: Settings) -> DAG:
     ) as dag:
         step = partial(make_step, pipeline_file=path_for_steps(file))
         configure, pull = step("configure"), step("pull")
-        with TaskGroup("data", prefix_group_id=False, tooltip="Prove that the data is fit, and make it numbers"):
+        with TaskGroup(
+            "data",
+            group_display_name="Data",
+            prefix_group_id=False,
+            tooltip="Prove that the data is fit, and make it numbers",
+        ):
             validate = step("validate", on_success_callback=Alert(settings, alerts.drifted))
             preprocess = step("preprocess")
-        with TaskGroup("model", prefix_group_id=False, tooltip="Make a candidate, and compare it with production"):
+        with TaskGroup(
+            "model",
+            group_display_name="Model",
+            prefix_group_id=False,
+            tooltip="Make a candidate, and compare it with production",
+        ):
             train, evaluate = step("train"), step("evaluate")
         gate = step("gate")
         promote = step("promote", outlets=[model_asset(settings.name)], trigger_rule=ONE_WAY)

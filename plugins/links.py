@@ -66,7 +66,7 @@ def page_url(path: str, *, absolute: bool = False) -> str:
 
 
 REPORT = PageLink("Report", "report")
-DATA_DOCS = PageLink("Data Docs", "docs/index.html")
+DATA_DOCS = PageLink("Data Docs", "docs")
 MODEL_VERSION = PageLink("Model version", "version")
 TENSORBOARD = PageLink("TensorBoard data", "tensorboard")
 

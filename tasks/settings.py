@@ -241,8 +241,9 @@ class Settings(Section):
     operation: Operation = Operation()
     preset: Literal["full", "quick"] = Field(
         "full",
-        description="quick: 2,000 training pairs, 200 to judge by and one epoch, to see that everything works. "
-        "It is judged like any run. What is changed below goes before it",
+        description="The quick check takes 2,000 training pairs, 200 to judge by and one epoch, to see that everything "
+        "works. It is judged like any run. What is changed below goes before it",
+        json_schema_extra={"values_display": {"full": "Full: as the pipeline's file says", "quick": "Quick check"}},
     )
     force: bool = Field(False, description="Train even when nothing has changed since production")
     data: Data
