@@ -1,7 +1,7 @@
 # `make demo` shows it, `make test` checks it, `make help` lists the rest.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-reject test setup up down status lint lock demo-assets compose-env clean
+.PHONY: help demo demo-reject test setup up down status lint lock demo-assets compose-env new-pipeline clean
 .DELETE_ON_ERROR:
 
 # The first of these that is Python 3.11 or 3.12; when none is, the preflight says what to do.
@@ -48,6 +48,9 @@ lint: .venv/installed-dev ## style and types only
 
 demo-assets: setup ## make the demo's corpus and base model again
 	@$(BIN)/python examples/demo/make_assets.py
+
+new-pipeline: setup ## write config/PAIR.yaml, as PAIR=en-fr
+	@$(RUN) scripts.new_pipeline "$(PAIR)"
 
 compose-env: setup ## write .env with random passwords for docker-compose.yaml
 	@$(RUN) scripts.compose_env

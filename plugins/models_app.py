@@ -172,43 +172,63 @@ def tensorboard(request: Request, dag_id: Name, run: Name) -> Response:
     return page(request, "tensorboard.html.j2", dag_id=dag_id, run=found, files=files, settings=pipeline(dag_id))
 
 
-FRAMED = {"report": ("Report", "report.html"), "docs": ("Data Docs", "validation/docs/index.html")}
-
-
-@readers.get("/runs/{run}/{what}")
-def framed(request: Request, dag_id: Name, run: Name, what: str) -> Response:
-    """A page that a run left, below this site's own head."""
-    if what not in FRAMED:
-        raise HTTPException(404, "There is no such page.")
+@readers.get("/runs/{run}/report")
+def report(request: Request, dag_id: Name, run: Name) -> Response:
+    """The report, below this site's own head."""
     found = found_run(dag_id, run)
-    settings, (title, path) = pipeline(dag_id), FRAMED[what]
-    if not found.store.exists(found.key(path)):
-        raise HTTPException(404, f"{run} has left no {title}: it may not have come so far.")
+    if not found.store.exists(found.key("report.html")):
+        raise HTTPException(404, f"{run} has left no report: it may not have come so far.")
+    return framed(request, dag_id, found, title="Report", path="report.html")
+
+
+@readers.get("/runs/{run}/docs")
+def data_docs(request: Request, dag_id: Name, run: Name, suite: Version | None = None) -> Response:
+    """What Great Expectations found, split by split, below this site's own head."""
+    found = found_run(dag_id, run)
+    keys = (entry.key for entry in found.store.list(found.key("validation/docs/validations/")))
+    paths = [key.removeprefix(f"{found.prefix}/") for key in keys if key.endswith(".html")]
+    suites = {path.split("/")[3]: path for path in paths}  # validation/docs/validations/SUITE/...; the newest
+    if not suites:
+        raise HTTPException(404, f"{run} has left no Data Docs: it may not have come so far.")
+    shown = suite if suite in suites else max(suites, key=lambda name: name == "train")
+    tabs = {name: name == shown for name in suites}
+    return framed(request, dag_id, found, title="Data Docs", path=suites[shown], suites=tabs)
+
+
+def framed(
+    request: Request, dag_id: str, run: Run, *, title: str, path: str, suites: dict[str, bool] | None = None
+) -> Response:
+    """A page that a run left, below this site's own head."""
+    settings = pipeline(dag_id)
     return page(
         request,
         "framed.html.j2",
         settings=settings,
         dag_id=dag_id,
-        run=found,
+        run=run,
         title=title,
-        what=what,
         path=path,
+        suites=suites or {},
     )
 
 
 @readers.get("/runs/{run}/files/{path:path}")
-def file(dag_id: Name, run: Name, path: str) -> Response:
+def file(request: Request, dag_id: Name, run: Name, path: str) -> Response:
     """A file that a run left for people."""
     if not is_plain(path) or not (path == "report.html" or path.startswith(("validation/docs/", "tensorboard/"))):
         raise HTTPException(404, "There is no such page.")
     found = found_run(dag_id, run)
+    content = found.store.get(found.key(path))
     kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
     headers = {"Content-Security-Policy": FILE_POLICY}
     if kind == "text/html":
         kind = "text/html; charset=utf-8"
+        if path.startswith("validation/docs/"):
+            looks = f'<link rel="stylesheet" href="{root(request)}/static/docs.css"></head>'
+            content = content.replace(b"</head>", looks.encode(), 1)
     elif path.startswith("tensorboard/"):
         headers["Content-Disposition"] = "attachment"
-    return Response(found.store.get(found.key(path)), media_type=kind, headers=headers)
+    return Response(content, media_type=kind, headers=headers)
 
 
 STATIC = {each.name: each for each in PAGES.iterdir() if each.suffix in {".css", ".js", ".svg"}}
