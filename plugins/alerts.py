@@ -92,12 +92,15 @@ def unchanged(settings: Settings, context: Context) -> Message | None:
 
 
 def drifted(settings: Settings, context: Context) -> Message | None:
-    """The data that was found valid is unlike what production was trained on."""
-    drift = (context["ti"].xcom_pull(task_ids="validate") or {}).get("drift")
-    findings = drift.get("findings") if isinstance(drift, dict) else drift
-    if not findings:
+    """The data passed validation, and has come more than halfway to a limit beyond which it will not."""
+    distances = (context["ti"].xcom_pull(task_ids="validate") or {}).get("drift") or {}
+    limits = getattr(settings.validation, "drift_limits", {})
+    far = {name: value for name, value in distances.items() if limits.get(name) and value > limits[name] / 2}
+    if not far:
         return None
-    return Message(f"{settings.name}: the data has drifted", " ".join(map(str, findings)), run_link(context))
+    said = ", ".join(f"{name} {value:.3f} (at most {limits[name]:g})" for name, value in far.items())
+    reason = f"Its distance from the data that production was trained on: {said}."
+    return Message(f"{settings.name}: the data drifts", reason, run_link(context))
 
 
 def stale(settings: Settings) -> str:
