@@ -15,7 +15,7 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +237,7 @@ def make_step(name: str, *, pipeline_file: str, **kwargs: Any) -> Any:
     )
 
 
+@cache
 def step_doc(name: str) -> str:
     """What the step's own module says of it, read without importing the libraries that the step needs."""
     module = ROOT / "tasks" / f"{name}.py"

@@ -8,6 +8,7 @@ path in the file: `training.epochs`.
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -342,7 +343,7 @@ def form_fields(settings: Settings) -> dict[str, dict[str, Any]]:
     `section`, `title` and `description` are there for the form that shows them; `expert` marks what it leaves out.
     """
     fields: dict[str, dict[str, Any]] = {}
-    schema = Settings.model_json_schema()
+    schema = _schema()
     values = settings.model_dump()
     for name, field in schema["properties"].items():
         if name in FIXED:
@@ -358,6 +359,12 @@ def form_fields(settings: Settings) -> dict[str, dict[str, Any]]:
                 "section": name.replace("_", " ").capitalize(),
             }
     return fields
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    """The settings' JSON schema: made once, not once a pipeline."""
+    return Settings.model_json_schema()
 
 
 def _form_schema(field: dict[str, Any]) -> dict[str, Any]:

@@ -259,7 +259,7 @@ def test_what_follows_a_promotion_waits_for_any_model(bag: DagBag) -> None:
 
 
 def test_twenty_pipelines_are_read(configs: Path) -> None:
-    """How long it takes: docs/scaling.md; a test must not depend on the machine."""
+    """How long it takes: docs/operations.md; a test must not depend on the machine."""
     text = (configs / "good.yaml").read_text()
     for number in range(19):
         (configs / f"{number}.yaml").write_text(text.replace("name: demo", f"name: pair-{number}"))
