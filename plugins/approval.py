@@ -33,10 +33,14 @@ class Approval(HITLBranchOperator):
         self.hours = hours
 
     def execute_complete(self, context: Context, event: dict[str, Any]) -> Any:
-        """Go on with the answer."""
+        """Write the answer down, then go the way that it means; Airflow leaves by an exception there."""
+        if "error" not in event:
+            self._record(event)
+        return super().execute_complete(context, event)
+
+    def _record(self, event: dict[str, Any]) -> None:
         from tasks.run import Run  # noqa: PLC0415  (brings boto3)
 
-        answered = super().execute_complete(context, event)
         approved = event["chosen_options"] == [APPROVE]
         who = (event["responded_by_user"] or {}).get("name")  # nobody's, when the time was up
         if approved:
@@ -45,7 +49,6 @@ class Approval(HITLBranchOperator):
             summary = f"not approved by {who}" if who else f"not approved by anybody within {self.hours:g} hours"
         Run.at(self.run_uri).save_result("approval", {"summary": summary, "approved": approved, "by": who})
         self.log.info("%s", summary)
-        return answered
 
 
 def checks_table(verdict: Mapping[str, Any]) -> str:
