@@ -1,8 +1,8 @@
 """What train saves loads in PyTorch with every weight in its place, and says there what it says in TensorFlow.
 
-PyTorch is no dependency of this project, and transformers 5 cannot be installed beside the 4 that has TensorFlow. So the
-test asks the interpreters that TORCH_PYTHONS names (paths, separated by colons), each with torch and a transformers of
-its own, and is skipped where there is none.
+PyTorch is no dependency of this project, and transformers 5 cannot be installed beside the 4 that has TensorFlow. So
+the test asks the interpreters that TORCH_PYTHONS names (paths, separated by colons), each with torch and a transformers
+of its own, and is skipped where there is none.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Load a model directory as a service does that runs PyTorch: run by `test_pytorch.py`, in another environment.
 
-    python torch_logits.py DIRECTORY TOKENS.json LOGITS.json
+python torch_logits.py DIRECTORY TOKENS.json LOGITS.json
 """
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 import transformers
@@ -12,8 +13,7 @@ import transformers
 directory, tokens, output = sys.argv[1:]
 model, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory, output_loading_info=True)
 tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-with open(tokens) as file:
-    rows = json.load(file)
+rows = json.loads(Path(tokens).read_text())
 logits = []
 with torch.no_grad():
     for row in rows:
@@ -27,5 +27,4 @@ found = {
     "ids": [tokenizer(row["text"])["input_ids"] for row in rows],
     "logits": logits,
 }
-with open(output, "w") as file:
-    json.dump(found, file)
+Path(output).write_text(json.dumps(found))
