@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,8 @@ def prepare(corpus: str, examples: int, directory: Path) -> dict[str, float]:
     from datasets import DatasetDict
     from transformers import T5Config
 
-    from examples.make_base_model import PROMPT, read_split, train_tokenizer
+    from examples.make_base_model import PROMPT, SIZES, read_split, tokenise, train_tokenizer
     from tasks.model import new_model, save_model, tf
-    from tasks.preprocess import tokenise
 
     with tempfile.TemporaryDirectory() as cache:
         texts = read_split(corpus, "en-es", "train", None, cache)
@@ -60,8 +60,9 @@ def prepare(corpus: str, examples: int, directory: Path) -> dict[str, float]:
     tokenizer = train_tokenizer((PROMPT + few["source"]).tolist() + few["target"].tolist(), 4000)
     # The corpus is sorted by origin: rows from all over it. 5% more than asked for, the pairs of next week.
     chosen = texts.sample(int(examples * 1.05) + 64, random_state=0).reset_index(drop=True)
+    size = replace(SIZES["small"], max_tokens=WIDTH)
     splits = {"validation": chosen[:64], "train": chosen[64:]}
-    rows = DatasetDict({name: tokenise(table, tokenizer, PROMPT, WIDTH) for name, table in splits.items()})
+    rows = DatasetDict({name: tokenise(table, tokenizer, PROMPT, size) for name, table in splits.items()})
     rows.save_to_disk(directory / "pairs")
     tf.keras.utils.set_random_seed(0)
     model = new_model(
