@@ -1,7 +1,7 @@
 # `make demo` shows it, `make test` checks it, `make help` lists the rest.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-reject test setup up down status lint lock demo-assets compose-env new-pipeline clean
+.PHONY: help demo demo-reject test setup up down status lint lock demo-assets compose-env audit new-pipeline clean
 .DELETE_ON_ERROR:
 
 # The first of these that is Python 3.11 or 3.12; when none is, the preflight says what to do.
@@ -17,6 +17,8 @@ INSTALL = $(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) \
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes --requirement
 COMPILE = $(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) \
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate $(if $(UPGRADE),--upgrade)
+
+TOOL = $(if $(INDEX),UV_DEFAULT_INDEX=$(INDEX)) $(BIN)/uv tool run --quiet
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -60,6 +62,16 @@ lock: setup ## compile requirements*.txt anew; `make lock UPGRADE=1` takes the n
 	$(COMPILE) requirements-dev.in --output-file requirements-dev.txt
 	$(COMPILE) requirements-gpu.in --output-file requirements-gpu.txt
 	$(COMPILE) requirements-airflow.in --output-file requirements-airflow.txt
+
+# `uv tool run` keeps the two tools out of the locks. --strict: a library that the database does not know is a failure too.
+audit: setup ## a bill of materials (CycloneDX, in .cache/sbom) of each image's libraries, and their known vulnerabilities
+	@mkdir -p .cache/sbom
+	@for lock in requirements requirements-gpu requirements-airflow; do \
+		$(TOOL) --from cyclonedx-bom==7.5.0 cyclonedx-py requirements $$lock.txt --output-file .cache/sbom/$$lock.json || exit; \
+	done
+	@for lock in requirements requirements-gpu requirements-airflow; do \
+		$(TOOL) pip-audit==2.10.1 --requirement $$lock.txt --require-hashes --disable-pip --strict --progress-spinner off || exit; \
+	done
 
 clean: ## delete .venv, and .retrain with all data of the local stack
 	@if [ -x $(BIN)/python ] && [ -d .retrain ]; then $(RUN) scripts.local down; fi

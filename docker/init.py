@@ -1,4 +1,4 @@
-"""What must be there before the containers of docker-compose.yaml start: tables, the bucket, the UI's password.
+"""What must be there before the containers of docker-compose.yaml start: tables, the UI's password.
 
 Run by the service `init`, every time; what is there already stays.
 """
@@ -8,10 +8,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from tasks.storage import Store
-
 subprocess.run(["airflow", "db", "migrate"], check=True)
-Store(os.environ["RETRAIN_BUCKET"]).create_bucket()
 passwords = Path(os.environ["AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE"])
 passwords.touch(mode=0o600)
 passwords.write_text(json.dumps({"admin": os.environ["AIRFLOW_PASSWORD"]}))

@@ -1,13 +1,16 @@
-# MinIO from source, which is how its maintainers give it away; the version as in .ci/run.
+# MinIO, and `mc`, with which its users are made, from source, which is how its maintainers give them away; MinIO is the
+# version of .ci/run.
 ARG GO=golang:1.24-bookworm
 ARG BASE=debian:bookworm-slim
 
 FROM ${GO} AS build
 ARG MINIO=v0.0.0-20260212201848-7aac2a2c5b7c
-RUN CGO_ENABLED=0 GOBIN=/out go install github.com/minio/minio@${MINIO}
+ARG MC=v0.0.0-20250313080218-cf909e1063a9
+RUN CGO_ENABLED=0 GOBIN=/out go install github.com/minio/minio@${MINIO} && \
+    CGO_ENABLED=0 GOBIN=/out go install github.com/minio/mc@${MC}
 
 FROM ${BASE}
-COPY --from=build /out/minio /usr/local/bin/minio
+COPY --from=build /out/minio /out/mc /usr/local/bin/
 RUN useradd --uid 10002 --create-home minio && install -d -o minio /data
 USER 10002
 VOLUME /data

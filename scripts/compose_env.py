@@ -18,15 +18,21 @@ def main(path: Path = ROOT / ".env") -> int:
     if path.exists():
         print(f"{path.name} is there already, and was left as it is.")
         return 0
-    airflow, store = airflow_settings.new_secrets(), object_store.Credentials.random()
+    airflow = airflow_settings.new_secrets()
+    root, pipeline, reader = (object_store.Credentials.random() for _ in range(3))
     variables = {
         "AIRFLOW_PASSWORD": airflow["password"],
         "AIRFLOW_FERNET_KEY": airflow["fernet"],
         "AIRFLOW_SECRET_KEY": airflow["session"],
         "AIRFLOW_JWT_SECRET": airflow["jwt"],
         "POSTGRES_PASSWORD": secrets.token_urlsafe(24),
-        "AWS_ACCESS_KEY_ID": store.access_key,
-        "AWS_SECRET_ACCESS_KEY": store.secret_key,
+        "COMPOSE_PROFILES": "object-store",
+        "MINIO_ROOT_USER": root.access_key,
+        "MINIO_ROOT_PASSWORD": root.secret_key,
+        "AWS_ACCESS_KEY_ID": pipeline.access_key,
+        "AWS_SECRET_ACCESS_KEY": pipeline.secret_key,
+        "READER_ACCESS_KEY_ID": reader.access_key,
+        "READER_SECRET_ACCESS_KEY": reader.secret_key,
     }
     write_private(path, "".join(f"{name}={value}\n" for name, value in variables.items()))
     print(f"{path.name} is written. Next: docker compose up --build")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,3 +228,49 @@ def test_a_failure_reads_as_what_it_is(status: dict[str, Any], reason: str, agai
     found, worth_another_try = why_it_failed(pod(**status), "base", TimeoutError("too slow"))
     assert found.startswith(reason)
     assert worth_another_try is again
+
+
+# The image of Airflow itself
+
+
+LOAD = """
+import json, sys
+from importlib.metadata import packages_distributions
+from airflow.dag_processing.dagbag import DagBag
+bag = DagBag("dags")
+assert not bag.import_errors, bag.import_errors
+import plugins.alerts, plugins.approval, plugins.gpu_pool, plugins.links, plugins.metrics, plugins.retrain_pod
+import tasks.run, tasks.registry
+owners = packages_distributions()
+print(json.dumps(sorted({owner for name in sys.modules for owner in owners.get(name.partition(".")[0], [])})))
+"""
+
+
+def test_dags_and_plugins_load_no_library_that_the_light_image_lacks() -> None:
+    found = subprocess.run([sys.executable, "-c", LOAD], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {canonical(name) for name in json.loads(found.stdout.splitlines()[-1])}
+    listed = re.findall(r"^([a-z][\w.-]+)", (ROOT / "requirements.in").read_text(), re.MULTILINE)
+    lock = re.findall(r"^([\w.-]+)==", (ROOT / "requirements-airflow.txt").read_text(), re.MULTILINE)
+    lacking = {canonical(name) for name in listed} - {canonical(name) for name in lock}
+    assert "tensorflow" in lacking
+    assert "apache-airflow-core" in loaded
+    assert loaded & lacking == set()
+
+
+def test_the_locks_agree() -> None:
+    """What two locks have in common is of one version: the images are tested by what is tested on a laptop."""
+    locks = {
+        name: dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / f"requirements{name}.txt").read_text(), re.MULTILINE))
+        for name in ("", "-airflow", "-gpu")
+    }
+    for name in ("-airflow", "-gpu"):
+        for library in locks[""].keys() & locks[name].keys():
+            assert locks[name][library] == locks[""][library]
+    assert "tensorflow" not in locks["-airflow"]
+    assert set(locks[""]) <= set(locks["-gpu"])
+    assert any(library.startswith("nvidia-cudnn") for library in locks["-gpu"])
+
+
+def canonical(name: str) -> str:
+    """A distribution's name as the package index spells it."""
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -71,7 +71,8 @@ class Cluster:
 
     def wait_until_running(self) -> str:
         """The name of the pod, once its step runs."""
-        return self.wait_for_pod(lambda pod: pod.status.phase == "Running").metadata.name
+        runs = self.wait_for_pod(lambda pod: pod.status.phase == "Running" and not pod.metadata.deletion_timestamp)
+        return runs.metadata.name
 
     def delete(self, name: str, grace: int | None = None) -> None:
         self.api.delete_namespaced_pod(name, self.namespace, grace_period_seconds=grace)
@@ -187,6 +188,15 @@ def audited(namespace: str) -> set[tuple[str, str]]:
     return used
 
 
+def write_templates(folder: Path, resources: Any = LITTLE, scratch: str = "1Gi") -> None:
+    """Pods as in `k8s/pods/`, but as small as a test machine."""
+    for kind in ("cpu", "gpu"):
+        pod = yaml.safe_load((ROOT / "k8s" / "pods" / f"{kind}.yaml").read_text())
+        pod["spec"]["containers"][0]["resources"] = resources
+        pod["spec"]["volumes"][0]["emptyDir"]["sizeLimit"] = scratch
+        (folder / f"{kind}.yaml").write_text(yaml.safe_dump(pod))
+
+
 @dataclass
 class Runner:
     """Runs DAGs whose steps are pods of a cluster, by Airflow without a scheduler."""
@@ -197,11 +207,7 @@ class Runner:
 
     def set_up(self, *, deferrable: bool, resources: Any = LITTLE, scratch: str = "1Gi", image: str = IMAGE) -> None:
         """What Airflow has in its environment, and pods as small as a test machine."""
-        for kind in ("cpu", "gpu"):
-            pod = yaml.safe_load((ROOT / "k8s" / "pods" / f"{kind}.yaml").read_text())
-            pod["spec"]["containers"][0]["resources"] = resources
-            pod["spec"]["volumes"][0]["emptyDir"]["sizeLimit"] = scratch
-            (self.templates / f"{kind}.yaml").write_text(yaml.safe_dump(pod))
+        write_templates(self.templates, resources, scratch)
         self.patch.delenv("KUBECONFIG", raising=False)  # the triggerer's hook would mix it with the connection's
         connection = {"conn_type": "kubernetes", "extra": {"kube_config_path": str(self.cluster.worker_config)}}
         for name, value in {
