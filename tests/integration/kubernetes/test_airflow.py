@@ -53,7 +53,7 @@ class Airflow:
         assert len(pods) <= 1
         return pods[0] if pods else None
 
-    def wait_for_training(self, but: str = "", seconds: float = 400) -> str:
+    def wait_for_training(self, but: str = "", seconds: float = 600) -> str:
         """The name of the pod that trains, once it does."""
 
         def trains() -> str | None:
