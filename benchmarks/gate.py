@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib.pyplot as plt
 
-from tasks.gate import read_evaluation
+from tasks.evaluate import read_tables
+from tasks.metrics import SYSTEMS, TEST
 from tasks.plots import STYLE
 from tasks.run import Run
 from tasks.scoring import bleu_from, bootstrap_gains
@@ -73,8 +74,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     run = Run.at(arguments.run)
-    _, systems = read_evaluation(run)
-    worse, better = sorted(systems.values(), key=bleu_from)
+    translations, _ = read_tables(run)
+    test = translations[translations["set"] == TEST]
+    systems = [np.stack(test[f"{system}_statistics"].tolist()) for system in SYSTEMS]
+    worse, better = sorted(systems, key=bleu_from)
     print(f"{len(worse):,} sentences, BLEU {bleu_from(worse):.2f} and {bleu_from(better):.2f}; {os.cpu_count()} CPUs")
 
     random = np.random.default_rng(0)

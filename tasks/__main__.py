@@ -82,15 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(step, help=purpose, description=f"{step}: {purpose}.")
         command.add_argument("--run", required=True, metavar="URI", help="s3://BUCKET/runs/RUN_ID")
         command.set_defaults(command=_run_step, step=step)
-        if step == "configure":
-            command.add_argument("--pipeline", required=True, type=Path, help="the pipeline's file in config/")
-            command.add_argument(
-                "--set",
-                action="append",
-                default=[],
-                metavar="NAME=VALUE",
-                help="change a setting, as training.epochs=1",
-            )
+        _add_options(command, step)
 
     listing = commands.add_parser("settings", help="list every setting, its default and what it means")
     listing.add_argument("--pipeline", type=Path, default=Path("config/en-es.yaml"))
@@ -139,21 +131,61 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_options(command: argparse.ArgumentParser, step: str) -> None:
+    """What a step can be told besides its run."""
+    if step == "configure":
+        command.add_argument("--pipeline", required=True, type=Path, help="the pipeline's file in config/")
+    if step == "evaluate":
+        command.add_argument("--recompute", action="store_true", help="only the numbers, from kept translations")
+    if step == "gate":
+        command.add_argument("--dry-run", action="store_true", help="show the checks and leave everything as it is")
+    if step in {"configure", "gate"}:
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="change a setting, as training.epochs=1" + (" (dry run only)" if step == "gate" else ""),
+        )
+
+
 def _run_step(arguments: argparse.Namespace) -> None:
     """Run a step, record its result, and frame the log with what it will do and what it did."""
     step, run = arguments.step, Run.at(arguments.run)
+    if step == "gate" and (arguments.dry_run or arguments.set):
+        _dry_run(run, arguments)
+        return
     log.info("%s: %s (%s)", step, STEPS[step], run.uri)
     started = time.monotonic()
     module = importlib.import_module(f"tasks.{step}")
-    if step == "configure":
-        result = module.run(run, arguments.pipeline, settings.parse_overrides(arguments.set))
-    else:
-        result = module.run(run)
+    try:
+        if step == "configure":
+            result = module.run(run, arguments.pipeline, settings.parse_overrides(arguments.set))
+        elif step == "evaluate":
+            result = module.run(run, recompute=arguments.recompute)
+        else:
+            result = module.run(run)
+    except Exception as error:
+        with contextlib.suppress(StepError):  # the first failure is what counts
+            run.save_failure(step, error)
+        raise
     seconds = round(time.monotonic() - started, 1)
     # Whoever started the step may have named the attempt, to know its result again.
     attempt = {"attempt": name} if (name := os.environ.get("RETRAIN_ATTEMPT")) else {}
-    run.save_result(step, {**result, "seconds": seconds, **attempt})
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    run.save_result(step, {**result, "seconds": seconds, "gpus": gpus, **attempt})
     log.info("%s: done in %.1f s: %s", step, seconds, result["summary"])
+
+
+def _dry_run(run: Run, arguments: argparse.Namespace) -> None:
+    """Show what the gate would decide, perhaps with other limits."""
+    if not arguments.dry_run:
+        raise SettingsError("gate --set: only with --dry-run; a run's own limits are those that configure was given")
+    changed = settings.override(run.config["settings"], settings.parse_overrides(arguments.set), run.uri)
+    outcome = importlib.import_module("tasks.gate").run(run, settings=changed, dry=True)
+    for check in outcome["checks"]:
+        print(f"{'holds  ' if check['passed'] else 'REFUSES'}  {check['name']:40}  {check['sentence']}")
+    print(f"would {outcome['decision']}; nothing was recorded")
 
 
 def _list_settings(arguments: argparse.Namespace) -> None:

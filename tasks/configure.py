@@ -43,6 +43,7 @@ def run(run: Run, pipeline: Path, overrides: dict[str, Any]) -> dict[str, Any]:
             "requested": overrides,
             "settings": checked.model_dump(mode="json"),
             "code_version": code_version(),
+            "image": os.environ.get("RETRAIN_IMAGE"),
             "libraries": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         },
     )

@@ -1,33 +1,47 @@
 """gate: decide, on evidence, whether the candidate is better than the champion.
 
     python -m tasks gate --run s3://retrain/runs/RUN_ID
+    python -m tasks gate --run s3://retrain/runs/RUN_ID --dry-run --set gate.min_bleu=25    # only show the checks
 
-Reads    runs/RUN_ID/evaluation/metrics.json, translations.parquet; results of validate
+Reads    runs/RUN_ID/evaluation/metrics.json, translations.parquet, losses.parquet; candidate/; result of validate
 Writes   runs/RUN_ID/gate.json   decision, and for each check: name, observed, required, passed, sentence
 Result   the same
 
-Every check must pass. A metric that is missing or not a number refuses, and so does a limit that nobody set.
+Every check must pass. A metric that is missing or not a number refuses, and so does a limit that nobody set. Numbers
+are computed again from the sentences that evaluate kept; the stored candidate must translate some of them as it did.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from tasks import artifacts, metrics
 from tasks.errors import DataError
+from tasks.evaluate import read_tables
+from tasks.examine import AGREEMENT, agreement, spread
+from tasks.metrics import SYSTEMS, TEST
+from tasks.model import load_model
 from tasks.run import Run
-from tasks.scoring import bootstrap_gains
-from tasks.settings import Gate
+from tasks.settings import Gate, Settings
+from tasks.storage import MissingObjectError
+from tasks.tokenizer import load_tokenizer
+from tasks.translation import translate
+
+log = logging.getLogger(__name__)
 
 REPRODUCED_WITHIN = 1e-3  # relative: the loss of the artefact read back from the store, against the trained model's
+MIN_SENTENCES = 100  # fewer cannot tell two systems apart, whatever a resampling of them says
+MIN_COMPARABLE = 0.5  # the share of sentences that both tokenizers write alike, on which losses are compared
+SAMPLE = 16  # sentences that the stored candidate translates again
 
 
 @dataclass(frozen=True)
@@ -41,84 +55,189 @@ class Check:
     sentence: str
 
 
-def run(run: Run) -> dict[str, Any]:
-    """Check the candidate and record the decision: `promote` or `reject`."""
-    run.result("evaluate")
-    metrics, bleu = read_evaluation(run)
-    checks = check_all(metrics, bleu, run.settings.gate, data_valid=run.find_result("validate") is not None)
+def run(run: Run, *, settings: Settings | None = None, dry: bool = False) -> dict[str, Any]:
+    """Check the candidate and record the decision: `promote` or `reject`.
+
+    A dry run, perhaps with other settings, records nothing. Raises `DataError` when the evaluation is damaged.
+    """
+    evaluated, settings = run.result("evaluate"), settings or run.settings
+    found, translations = read_evaluation(run, settings)
+    checks = check_all(
+        found,
+        settings,
+        evaluated=evaluated,
+        data_valid=run.find_result("validate") is not None,
+        reproduced=reproduced(run, translations, evaluated),
+    )
     refused = [check for check in checks if not check.passed]
-    decision = "reject" if refused else "promote"
     outcome = {
-        "decision": decision,
-        "champion_version": metrics["champion_version"],
+        "decision": "reject" if refused else "promote",
+        "champion_version": evaluated["champion_version"],
+        "candidate_fingerprint": evaluated["candidate_fingerprint"],
         "checks": [asdict(check) for check in checks],
     }
-    run.store.put_json(run.key("gate.json"), outcome)
-    reasons = "; ".join(check.sentence for check in refused)
-    return {"summary": f"{decision}: {reasons or f'all {len(checks)} checks hold'}", **outcome}
+    if not dry:
+        run.store.put_json(run.key("gate.json"), outcome)
+    reasons = "; ".join(check.sentence for check in refused) or f"all {len(checks)} checks hold"
+    return {"summary": f"{outcome['decision']}: {reasons}", **outcome}
 
 
-def read_evaluation(run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What evaluate left: its metrics, and each system's BLEU statistics (sentences, STATISTICS).
+def read_evaluation(run: Run, settings: Settings) -> tuple[dict[str, Any], pd.DataFrame]:
+    """What evaluate found, and the translations that it is made of.
 
-    Raises `DataError` when one of the files is damaged, or they are not of the same test split.
+    Every number is computed again. Raises `DataError` when a file is damaged, or metrics.json says something else.
     """
-    folder = f"{run.uri}/evaluation"
+    where = f"{run.uri}/evaluation/metrics.json"
     try:
-        metrics = run.store.get_json(run.key("evaluation", "metrics.json"))
-        sentences = metrics["sentences"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}/metrics.json is damaged ({error!r}): run the evaluate step again") from error
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "translations.parquet"
-        run.store.download(run.key("evaluation", "translations.parquet"), path)
+        stored = run.store.get_json(run.key("evaluation", "metrics.json"))
+    except MissingObjectError as error:
+        raise DataError(f"{error}: run the evaluate step again") from error
+    tables = read_tables(run)
+    try:
+        found = metrics.measure(*tables, run.settings.gate)
+        stored_numbers = {name: stored[name] for name in found}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{where} or a table beside it is damaged ({error!r}): run the evaluate step again") from error
+    if other := next(differences(stored_numbers, found), None):
+        raise DataError(f"{where} is not what the translations beside it give ({other}): run the evaluate step again")
+    if settings.gate != run.settings.gate:
+        found = metrics.measure(*tables, settings.gate)
+    return {**stored, **found}, tables[0]
+
+
+def differences(stored: Any, found: Any, name: str = "") -> Iterator[str]:
+    """Where two trees of metrics differ by more than rounding, in words."""
+    if isinstance(stored, dict) and isinstance(found, dict):
+        for key in sorted({*stored, *found}, key=str):
+            yield from differences(stored.get(key), found.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(stored, float | int) and isinstance(found, float | int):
+        if not math.isclose(stored, found, rel_tol=1e-6, abs_tol=1e-9):
+            yield f"{name}: {stored} instead of {found}"
+    elif stored != found:
+        yield f"{name}: {stored!r} instead of {found!r}"
+
+
+def reproduced(run: Run, translations: pd.DataFrame, evaluated: dict[str, Any]) -> float | None:
+    """The share of a sample that the stored candidate, downloaded now, translates as in the evaluation.
+
+    None when it cannot be had: the candidate is not there, is damaged, or is another than was evaluated.
+    """
+    search, prepared = run.settings.evaluation, run.settings.preprocessing
+    test = translations[translations["set"] == TEST]
+    rows = test.iloc[spread(test["source"].str.len().tolist(), SAMPLE)]
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name) / "candidate"
         try:
-            table = pd.read_parquet(path)
-            bleu = {system: np.stack(table[f"{system}_statistics"].tolist()) for system in ("champion", "candidate")}
-        except (ValueError, KeyError, OSError) as error:
-            raise DataError(f"{folder}/translations.parquet is damaged ({error}): run evaluate again") from error
-    if len(table) != sentences:
-        raise DataError(
-            f"{folder}: metrics.json is about {sentences} sentences, translations.parquet has {len(table)}: "
-            f"run the evaluate step again"
+            manifest = artifacts.fetch(run.store, run.result("train")["candidate"], directory)
+            if manifest.fingerprint != evaluated["candidate_fingerprint"]:
+                log.warning("the candidate has changed since it was evaluated")
+                return None
+            model, tokenizer = load_model(directory), load_tokenizer(directory)
+        except (MissingObjectError, DataError) as error:
+            log.warning("the candidate cannot be read back: %s", error)
+            return None
+        again = translate(
+            model,
+            tokenizer,
+            rows["source"].tolist(),
+            prompt=prepared.prompt,
+            max_tokens=prepared.max_tokens,
+            max_new_tokens=search.max_new_tokens,
+            batch_size=search.batch_size,
+            beams=search.beams,
         )
-    return metrics, bleu
+    return agreement(again, rows["candidate"].tolist())
 
 
-def check_all(metrics: dict[str, Any], bleu: dict[str, np.ndarray], limits: Gate, *, data_valid: bool) -> list[Check]:
+def check_all(
+    found: dict[str, Any],
+    settings: Settings,
+    *,
+    evaluated: dict[str, Any],
+    data_valid: bool,
+    reproduced: float | None,
+) -> list[Check]:
     """Every check, in the order in which a person would ask.
 
-    `metrics` is what evaluate wrote, `bleu` the sentence statistics of `champion` and `candidate`.
+    `found` is what `metrics.measure` gives, and what evaluate says of itself; `evaluated` is evaluate's result.
     """
-    candidate, champion = metrics.get("candidate", {}), metrics.get("champion", {})
-    gains = bootstrap_gains(bleu["candidate"], bleu["champion"], limits.bootstrap_samples)
-    surely = float(np.quantile(gains, 1 - limits.confidence))
-    with_confidence = f"With {100 * limits.confidence:g}% confidence BLEU changes by {{observed:+.3f}} or better"
-    checks = [
-        Check(
-            name="data valid",
-            observed=float(data_valid),
-            required="valid",
-            passed=data_valid,
-            sentence="The data passed validation." if data_valid else "The data has not passed validation.",
+    limits = settings.gate
+    return [
+        *sound(found, evaluated, data_valid=data_valid),
+        *good(found, limits),
+        *better(found, limits),
+        *nothing_hidden(found, limits),
+        *on_extra_sets(found, settings),
+        *same_model(found, reproduced),
+    ]
+
+
+def sound(found: dict[str, Any], evaluated: dict[str, Any], *, data_valid: bool) -> list[Check]:
+    """Whether there is something to judge by: valid data, enough sentences, both systems scored the same way."""
+    expected = metrics.signatures()
+    scored = [found.get(system, {}).get(name, {}).get("signature") for system in SYSTEMS for name in expected]
+    same_scores = scored == [*expected.values()] * len(SYSTEMS)
+    same_test = found.get("fingerprint") is not None and found["fingerprint"] == evaluated.get("test_fingerprint")
+    return [
+        yes_or_no("data valid", data_valid, "The data passed validation.", "The data has not passed validation."),
+        yes_or_no(
+            "scored alike",
+            same_scores,
+            "Both systems were scored with this version's sacrebleu signatures.",
+            f"The scores do not all have this version's signatures: expected {expected}, found {scored}.",
         ),
+        yes_or_no(
+            "same test split",
+            same_test,
+            "The translations are of the test split that was evaluated.",
+            "The translations are not of the test split that was evaluated: run the evaluate step again.",
+        ),
+        at_least(
+            "enough sentences",
+            found.get("sentences"),
+            MIN_SENTENCES,
+            "The test split has {observed:,} sentences, {verdict} the {required:g} that can tell two systems apart.",
+        ),
+        at_least(
+            "comparable tokenizers",
+            found.get("comparable"),
+            MIN_COMPARABLE,
+            "Both tokenizers write {observed:.0%} of the references alike, {verdict} the {required:.0%} on which the "
+            "losses can be compared.",
+        ),
+    ]
+
+
+def good(found: dict[str, Any], limits: Gate) -> list[Check]:
+    """Absolute limits."""
+    candidate = found.get("candidate", {})
+    return [
         at_most(
             "validation loss",
             candidate.get("validation_loss"),
             limits.max_validation_loss,
             "The loss per target token is {observed:.4f}, {verdict} the limit of {required:g}.",
         ),
-        at_most(
-            "validation loss against champion",
-            difference(candidate.get("validation_loss"), champion.get("validation_loss")),
-            limits.validation_loss_margin,
-            "The loss differs from the champion's by {observed:+.4f}, {verdict} the margin of {required:+g}.",
-        ),
         at_least(
             "BLEU",
             candidate.get("bleu", {}).get("score"),
             limits.min_bleu,
             "BLEU is {observed:.2f}, {verdict} the floor of {required:g}.",
+        ),
+    ]
+
+
+def better(found: dict[str, Any], limits: Gate) -> list[Check]:
+    """Against the champion: not worse; and better, where a gain is asked for."""
+    gain = found.get("gain", {})
+    surely = gain.get("bleu", {}).get("low")
+    with_confidence = f"With {100 * limits.confidence:g}% confidence BLEU changes by {{observed:+.3f}} or better"
+    checks = [
+        at_most(
+            "validation loss against champion",
+            gain.get("validation_loss", {}).get("observed"),
+            limits.validation_loss_margin,
+            "The loss differs from the champion's by {observed:+.4f}, {verdict} the margin of {required:+g}.",
         ),
         at_least(
             "BLEU not worse than champion",
@@ -127,30 +246,32 @@ def check_all(metrics: dict[str, Any], bleu: dict[str, np.ndarray], limits: Gate
             with_confidence + ", {verdict} the {required:+g} allowed.",
         ),
     ]
-    if limits.min_gain is not None:
-        checks.append(
-            at_least(
-                "BLEU gain over champion",
-                surely,
-                limits.min_gain,
-                with_confidence + ", {verdict} the {required:+g} asked for.",
-            )
-        )
-    worst, change = worst_slice(metrics)
+    if limits.min_gain is None:
+        return checks
     return [
         *checks,
         at_least(
-            "outputs long enough",
-            candidate.get("length_ratio"),
-            limits.min_length_ratio,
-            "Outputs are {observed:.2f} times as long as the references, {verdict} {required:g}.",
+            "BLEU gain over champion",
+            surely,
+            limits.min_gain,
+            with_confidence + ", {verdict} the {required:+g} asked for.",
         ),
         at_most(
-            "outputs short enough",
-            candidate.get("length_ratio"),
-            limits.max_length_ratio,
-            "Outputs are {observed:.2f} times as long as the references, {verdict} {required:g}.",
+            "BLEU gain not by chance",
+            found.get("chance"),
+            round(1 - limits.confidence, 9),
+            "Were the two the same, BLEU would differ as much in {observed:.1%} of cases, {verdict} {required:.1%}.",
         ),
+    ]
+
+
+def nothing_hidden(found: dict[str, Any], limits: Gate) -> list[Check]:
+    """What averages hide: degenerate outputs, a slice that suffers, a test split that was learnt by heart."""
+    candidate, (worst, change) = found.get("candidate", {}), worst_slice(found)
+    as_long = "Outputs are {observed:.2f} times as long as the references, {verdict} {required:g}."
+    return [
+        at_least("outputs long enough", candidate.get("length_ratio"), limits.min_length_ratio, as_long),
+        at_most("outputs short enough", candidate.get("length_ratio"), limits.max_length_ratio, as_long),
         at_most(
             "empty outputs",
             candidate.get("empty"),
@@ -163,6 +284,18 @@ def check_all(metrics: dict[str, Any], bleu: dict[str, np.ndarray], limits: Gate
             limits.max_copied,
             "{observed:.1%} of the outputs repeat the source, {verdict} {required:.1%}.",
         ),
+        at_most(
+            "repeating outputs",
+            candidate.get("repeating"),
+            limits.max_repeating,
+            "{observed:.1%} of the outputs repeat a phrase over and over, {verdict} {required:.1%}.",
+        ),
+        at_most(
+            "unknown tokens",
+            candidate.get("unknown"),
+            limits.max_unknown,
+            "{observed:.2%} of the output's tokens stand for no text, {verdict} {required:.2%}.",
+        ),
         at_least(
             "worst slice",
             change,
@@ -171,12 +304,53 @@ def check_all(metrics: dict[str, Any], bleu: dict[str, np.ndarray], limits: Gate
             "{observed:+.2f}, {verdict} the {required:+g} allowed.",
         ),
         at_most(
+            "no leak of the test split",
+            found.get("leak", {}).get("low"),
+            limits.max_leak,
+            f"With {100 * limits.confidence:g}% confidence the loss fell by {{observed:+.3f}} or more further on the "
+            "test split than on the validation split, {verdict} the {required:g} allowed.",
+        ),
+    ]
+
+
+def on_extra_sets(found: dict[str, Any], settings: Settings) -> list[Check]:
+    """A floor for each extra test set."""
+    scores = found.get("extra", {})
+    return [
+        at_least(
+            f"BLEU on {name}",
+            scores.get(name, {}).get("candidate", {}).get("bleu", {}).get("score"),
+            settings.gate.extra_min_bleu.get(name),
+            f"BLEU on {name} is {{observed:.2f}}, {{verdict}} the floor of {{required:g}}.",
+        )
+        for name in settings.evaluation.extra_sets
+    ]
+
+
+def same_model(found: dict[str, Any], reproduced: float | None) -> list[Check]:
+    """Whether what lies in the store is what was trained, and what was evaluated."""
+    return [
+        at_most(
             "stored model reproduces its loss",
-            relative_difference(candidate.get("validation_loss"), metrics.get("trained_validation_loss")),
+            relative_difference(
+                found.get("candidate", {}).get("validation_loss"), found.get("trained_validation_loss")
+            ),
             REPRODUCED_WITHIN,
             "Read back from the store, the model's loss differs by {observed:.1e} of itself, {verdict} {required:g}.",
         ),
+        at_least(
+            "stored model reproduces its translations",
+            reproduced,
+            AGREEMENT,
+            "Read back from the store once more, the model translates {observed:.0%} of a sample as in the evaluation, "
+            "{verdict} {required:.0%}.",
+        ),
     ]
+
+
+def yes_or_no(name: str, holds: bool, so: str, not_so: str) -> Check:
+    """A check of a fact."""
+    return Check(name, float(holds), "yes", holds, so if holds else not_so)
 
 
 def at_most(name: str, observed: float | None, limit: float | None, sentence: str) -> Check:

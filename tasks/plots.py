@@ -55,21 +55,30 @@ def loss_curve(epochs: list[dict[str, Any]]) -> str:
         return _svg(figure)
 
 
-def score_bars(scores: dict[str, tuple[float, float]]) -> str:
-    """Champion beside candidate, one pair of bars a score: `{label: (champion, candidate)}`."""
+def gain_intervals(gains: dict[str, tuple[float, float, float]]) -> str:
+    """Differences with their confidence intervals, a line each: `{label: (observed, low, high)}`; zero is marked."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6, 0.5 + 0.55 * len(scores)), layout="constrained")
-        places = range(len(scores))
-        champion, candidate = zip(*scores.values(), strict=True)
-        for offset, values, color, label in (
-            (-0.2, champion, CHAMPION, "champion"),
-            (0.2, candidate, CANDIDATE, "candidate"),
-        ):
-            bars = axes.barh([p + offset for p in places], values, height=0.36, color=color, label=label)
-            axes.bar_label(bars, fmt="%.1f", padding=3)
-        axes.set_yticks(list(places), list(scores))
-        axes.invert_yaxis()
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        figure, axes = plt.subplots(figsize=(6, 0.8 + 0.34 * len(gains)), layout="constrained")
+        places = range(len(gains))
+        axes.axvline(0, color=INK, linewidth=1, linestyle="--")
+        for place, (observed, low, high) in zip(places, gains.values(), strict=True):
+            color = CANDIDATE if low > 0 else CHAMPION if high < 0 else INK
+            axes.plot([low, high], [place, place], color=color, linewidth=2.5, solid_capstyle="round")
+            axes.plot([observed], [place], color=color, marker="o")
+        axes.set_yticks(list(places), list(gains))
+        axes.set_ylim(len(gains) - 0.5, -0.5)
+        axes.set_xlabel("candidate minus champion")
+        return _svg(figure)
+
+
+def trend(values: list[float | None]) -> str:
+    """One number over versions, oldest first; a version without it leaves a gap."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6, 2.4), layout="constrained")
+        numbers = [float("nan") if value is None else value for value in values]
+        axes.plot(range(1, len(numbers) + 1), numbers, color=CANDIDATE, marker="o")
+        axes.set(xlabel="version", xticks=range(1, len(numbers) + 1, max(1, len(numbers) // 10)))
+        axes.margins(y=0.2)
         return _svg(figure)
 
 

@@ -23,6 +23,8 @@ from tasks.errors import DataError
 from tasks.registry import ProductionMovedError
 from tasks.run import Run
 
+TIMED = ("pull", "validate", "preprocess", "train", "evaluate", "gate")
+
 
 def run(run: Run) -> dict[str, Any]:
     """Publish the candidate. Raises `DataError` when the gate did not let it through or production has moved."""
@@ -35,6 +37,8 @@ def run(run: Run) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         candidate = Path(scratch) / "candidate"
         fingerprint = artifacts.fetch(run.store, run.result("train")["candidate"], candidate).fingerprint
+        if fingerprint != gate["candidate_fingerprint"]:
+            raise DataError(f"the candidate of {run.uri} is not the one that the gate let through: evaluate it first")
         version = f"{run.config['created'][:10]}-{fingerprint[:10]}"
         refuse_to_undo_a_rollback(run, version)
         registry.publish(run.store, name, version, candidate, {"version": version, **describe(run)})
@@ -73,6 +77,8 @@ def describe(run: Run) -> dict[str, Any]:
         "model": run.settings.name,
         "run": run.id,
         "metrics": {system: evaluated["bleu"][system] for system in ("candidate", "champion")},
+        "validation_loss": evaluated["validation_loss"]["candidate"],
+        "seconds": {step: result["seconds"] for step in TIMED if (result := run.find_result(step))},
         "lineage": {
             "inputs": pulled["inputs"],
             "dataset": pulled["dataset"],

@@ -1,12 +1,13 @@
-"""report: write one HTML page that explains the run.
+"""report: write one HTML page that explains the run, and one that follows the model from version to version.
 
     python -m tasks report --run s3://retrain/runs/RUN_ID
 
-Reads    runs/RUN_ID/config.json and whatever the run's steps have left so far
-Writes   runs/RUN_ID/report.html   self-contained: no network, light and dark
-Result   where it is
+Reads    runs/RUN_ID/config.json and whatever the run's steps have left so far; the versions' manifests
+Writes   runs/RUN_ID/report.html     self-contained: no network, light and dark, for screen, phone and paper
+         models/NAME/trend.html      the same for every version: BLEU, loss, size, training time
+Result   where they are
 
-It is written for every run, also for one that stopped or failed: then with what is known.
+They are written for every run, also for one that stopped or failed: then with what is known.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from tasks import plots
+from tasks import plots, registry
 from tasks.__main__ import STEPS
+from tasks.errors import StepError
+from tasks.metrics import SYSTEMS, TEST
 from tasks.rules import RULES
 from tasks.run import Run
+from tasks.scoring import chrf_of_total, chrf_statistics
 from tasks.settings import Settings
-from tasks.storage import MissingObjectError
+from tasks.storage import MissingObjectError, Store
 
 log = logging.getLogger(__name__)
 
@@ -38,63 +43,104 @@ TEMPLATES = Environment(
 
 
 def run(run: Run) -> dict[str, Any]:
-    """Write the page."""
-    page = render(run)
+    """Write both pages."""
     key = run.key("report.html")
-    run.store.put(key, page.encode())
-    return {"summary": f"s3://{run.store.bucket}/{key}", "report": key}
+    run.store.put(key, render(run).encode())
+    trend_key = f"models/{run.settings.name}/trend.html"
+    if trend := render_trend(run.store, run.settings.name):
+        run.store.put(trend_key, trend.encode())
+    return {"summary": f"s3://{run.store.bucket}/{key}", "report": key, "trend": trend_key if trend else None}
 
 
 def render(run: Run) -> str:
-    """The page's HTML. Everything that came from data or settings is escaped."""
+    """The run's page. Everything that came from data or settings is escaped."""
     steps = {step: run.find_result(step) for step in STEPS if step != "report"}
-    try:
-        metrics = run.store.get_json(run.key("evaluation", "metrics.json"))
-    except MissingObjectError:
-        metrics = None
+    found = {step: run.find_failure(step) for step in steps if not steps[step]}
+    failures = {step: failure for step, failure in found.items() if failure}
+    metrics = evaluation(run) if steps["evaluate"] else None
     return TEMPLATES.get_template("report.html.j2").render(
         run=run,
         config=run.config,
         settings=yaml.safe_dump(run.config["settings"], sort_keys=False, allow_unicode=True),
         steps=steps,
-        outcome=outcome(steps, run.settings),
+        failures=failures,
+        seconds=sum(result["seconds"] for result in steps.values() if result),
+        costs=costs(run, steps),
+        duration=duration,
+        outcome=outcome(steps, failures, run.settings),
         gate=steps["gate"],
         metrics=metrics,
         rules=RULES,
         data_plots=data_plots(run, steps["validate"]),
         loss_plot=Markup(plots.loss_curve(steps["train"]["epochs"])) if steps["train"] else None,  # noqa: S704
-        score_plot=Markup(plots.score_bars(scores(metrics))) if metrics else None,  # noqa: S704
-        sentences=differing_sentences(run) if metrics else [],
+        gain_plot=Markup(plots.gain_intervals(gains(metrics))) if metrics else None,  # noqa: S704
+        compared=compared(run) if metrics else None,
+        lineage=lineage(run, steps),
     )
 
 
-def outcome(steps: dict[str, dict[str, Any] | None], settings: Settings) -> tuple[str, str]:
-    """The run in one word and one sentence."""
+def evaluation(run: Run) -> dict[str, Any] | None:
+    """What evaluate measured; None where it cannot be read, which must not keep the rest from being reported."""
+    try:
+        return run.store.get_json(run.key("evaluation", "metrics.json"))
+    except StepError as error:
+        log.warning("the report is without metrics: %s", error)
+        return None
+
+
+def outcome(
+    steps: dict[str, dict[str, Any] | None], failures: dict[str, dict[str, Any]], settings: Settings
+) -> tuple[str, list[str]]:
+    """The run in one word and a few sentences."""
     pulled, gate = steps["pull"], steps["gate"]
     if steps["promote"]:
-        return "promoted", steps["promote"]["summary"]
-    if gate and gate["decision"] == "promote" and steps["reject"]:
-        return "rejected", " ".join(steps["reject"]["reasons"])
-    if gate and gate["decision"] == "promote" and settings.approval == "human":
-        return "waiting", "Every check of the gate holds; a person has to approve the candidate."
-    if gate and gate["decision"] == "reject":
-        return "rejected", " ".join(check["sentence"] for check in gate["checks"] if not check["passed"])
+        why = [result["summary"] + "." for result in (steps["evaluate"],) if result]
+        return "promoted", [steps["promote"]["summary"] + ".", *why]
+    if failures:
+        step, failure = next(iter(failures.items()))
+        return "failed", [f"The {step} step failed: {failure['reason']}", "Production stays where it was."]
+    refusals = [check["sentence"] for check in gate["checks"] if not check["passed"]] if gate else []
+    if steps["reject"]:  # perhaps by a person
+        refusals = steps["reject"]["reasons"]
+    if refusals:
+        return "rejected", ["Production stays where it was.", *refusals]
+    if gate and settings.approval == "human":
+        return "waiting", ["Every check of the gate holds; a person has to approve the candidate."]
     if pulled and not pulled["changed"]:
-        return "unchanged", "Data, base model and settings are those that production was trained with."
+        return "unchanged", ["Data, base model and settings are those that production was trained with."]
     missing = next(step for step in STEPS if not steps.get(step) and step != "reject")
-    return "incomplete", f"The run has no result of the {missing} step; the steps before it are shown below."
+    return "incomplete", [f"The run has no result of the {missing} step; the steps before it are shown below."]
 
 
-def scores(metrics: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """What the bars show: BLEU and chrF++ over everything, BLEU of each slice."""
-    both = [(metrics["champion"], metrics["candidate"])]
-    whole = {
-        label: (champion[name]["score"], candidate[name]["score"])
-        for champion, candidate in both
-        for label, name in (("BLEU", "bleu"), ("chrF++", "chrf"))
+def costs(run: Run, steps: dict[str, dict[str, Any] | None]) -> dict[str, float]:
+    """What each step cost, where the settings say what an hour costs."""
+    prices = run.settings.costs
+    cost = {}
+    for step, result in steps.items():
+        hour = None if not result else prices.gpu_hour if result.get("gpus") else prices.cpu_hour
+        if result and hour is not None:
+            cost[step] = result["seconds"] / 3600 * hour
+    return cost
+
+
+def lineage(run: Run, steps: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """What the candidate is made of and was judged by."""
+    pulled, prepared, evaluated = (steps[name] or {} for name in ("pull", "preprocess", "evaluate"))
+    settings = run.config["settings"]
+    return {
+        "dataset": pulled.get("dataset"),
+        "dataset's source": with_revision(settings["data"]),
+        "prepared data": prepared.get("prepared"),
+        "base model": pulled.get("base_model"),
+        "base model's source": with_revision(settings["base_model"]),
+        "champion": evaluated.get("champion"),
+        "candidate (SHA-256)": evaluated.get("candidate_fingerprint"),
+        "version": (steps["promote"] or {}).get("version"),
+        "test split (SHA-256)": evaluated.get("test_fingerprint"),
+        "code": run.config["code_version"],
+        "image": run.config.get("image"),
+        **run.config["libraries"],
     }
-    slices = {f"BLEU, {name}": (part["champion"], part["candidate"]) for name, part in metrics["slices"].items()}
-    return {**whole, **slices}
 
 
 def data_plots(run: Run, validated: dict[str, Any] | None) -> dict[str, Markup]:
@@ -117,26 +163,96 @@ def data_plots(run: Run, validated: dict[str, Any] | None) -> dict[str, Markup]:
     return {caption: Markup(svg) for caption, svg in plots_by_caption.items()}  # noqa: S704
 
 
-def differing_sentences(run: Run) -> list[dict[str, Any]]:
-    """The test sentences on which champion and candidate differ most, with the differences marked."""
+def with_revision(source: dict[str, Any]) -> str:
+    """Where something was pulled from, with its commit."""
+    return f"{source['source']} at {source['revision']}" if source["revision"] else source["source"]
+
+
+def duration(seconds: float) -> str:
+    """A time that people can read."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+
+
+def gains(metrics: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """What the plot shows: the BLEU gained, over everything and on each part and extra set, with its bounds."""
+    extra = {f"extra: {name}": part["gain"]["bleu"] for name, part in metrics["extra"].items()}
+    parts = {
+        name: {**part, "observed": part["candidate"] - part["champion"]} for name, part in metrics["slices"].items()
+    }
+    found = {"all sentences": metrics["gain"]["bleu"], **parts, **extra}
+    return {name: (gain["observed"], gain["low"], gain["high"]) for name, gain in found.items()}
+
+
+def compared(run: Run) -> dict[str, Any]:
+    """On how many test sentences the candidate does better and worse, and those on which the two differ most."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "translations.parquet"
         run.store.download(run.key("evaluation", "translations.parquet"), path)
-        table = pd.read_parquet(path, columns=["source", "reference", "champion", "candidate"])
-    alike = [
-        difflib.SequenceMatcher(None, champion.split(), candidate.split()).ratio()
-        for champion, candidate in zip(table["champion"], table["candidate"], strict=True)
-    ]
-    most = table.assign(alike=alike).query("alike < 1").nsmallest(SHOWN, "alike")
-    return [
-        {
-            "source": row["source"],
-            "reference": row["reference"],
-            "champion": mark_words(row["champion"], row["candidate"]),
-            "candidate": mark_words(row["candidate"], row["champion"]),
-        }
-        for row in most.to_dict("records")
-    ]
+        table = pd.read_parquet(path, columns=["set", "source", "reference", *SYSTEMS])
+    table = table[table["set"] == TEST]
+    scores = {
+        system: np.array([chrf_of_total(row) for row in chrf_statistics(table[system], table["reference"])])
+        for system in SYSTEMS
+    }
+    gained = scores["candidate"] - scores["champion"]
+    most = table.assign(
+        champion_score=scores["champion"],
+        candidate_score=scores["candidate"],
+        distance=np.abs(gained) + (table["champion"] != table["candidate"]),  # what differs comes before what does not
+    )
+    return {
+        "better": int((gained > 0).sum()),
+        "worse": int((gained < 0).sum()),
+        "alike": int((gained == 0).sum()),
+        "most": [
+            {
+                **row,
+                "champion": mark_words(row["champion"], row["candidate"]),
+                "candidate": mark_words(row["candidate"], row["champion"]),
+            }
+            for row in most.query("distance > 0").nlargest(SHOWN, "distance").to_dict("records")
+        ],
+    }
+
+
+def render_trend(store: Store, model: str) -> str | None:
+    """The page of every version, or None where there is none."""
+    rows = []
+    for version in registry.versions(store, model):
+        manifest = registry.manifest(store, model, version)
+        about = manifest.metadata
+        bleu = about["metrics"]
+        rows.append(
+            {
+                "version": version,
+                "run": about["run"],
+                "bleu": bleu["candidate"],
+                "gain": bleu["candidate"] - bleu["champion"],
+                "loss": about.get("validation_loss"),
+                "size": manifest.size,
+                "seconds": about.get("seconds", {}).get("train"),
+            }
+        )
+    if not rows:
+        return None
+    pointer = registry.read_pointer(store, model)
+    shown = {
+        "BLEU on the test split": [row["bleu"] for row in rows],
+        "Validation loss per target token": [row["loss"] for row in rows],
+        "Size in MB": [row["size"] / 1e6 for row in rows],
+        "Training time in minutes": [None if row["seconds"] is None else row["seconds"] / 60 for row in rows],
+    }
+    return TEMPLATES.get_template("trend.html.j2").render(
+        model=model,
+        rows=rows,
+        production=pointer.version if pointer else None,
+        plots={caption: Markup(plots.trend(values)) for caption, values in shown.items()},  # noqa: S704
+        duration=duration,
+    )
 
 
 def mark_words(text: str, other: str) -> Markup:

@@ -2,17 +2,19 @@
 
 runs/RUN_ID/config.json          the settings in effect, written first, by `configure`
 runs/RUN_ID/results/STEP.json    what each step found, written last, by the step
+runs/RUN_ID/failures/STEP.json   why a step failed, the last time that it did
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
 from pydantic import ValidationError
 
-from tasks.errors import DataError, SettingsError
+from tasks.errors import DataError, SettingsError, StepError
 from tasks.settings import Settings, explain
 from tasks.storage import MissingObjectError, Store, split_uri
 
@@ -84,3 +86,19 @@ class Run:
         """Record that a step has ended, and with what."""
         self.store.put_json(self.key("results", f"{step}.json"), result)
         self._results[step] = result
+
+    def save_failure(self, step: str, error: BaseException) -> None:
+        """Record why a step failed, for the report."""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        kind = "" if isinstance(error, StepError) else f"{type(error).__name__}: "
+        self.store.put_json(
+            self.key("failures", f"{step}.json"),
+            {"reason": f"{kind}{reason}"[:4096], "time": datetime.now(UTC).isoformat(timespec="seconds")},
+        )
+
+    def find_failure(self, step: str) -> dict[str, Any] | None:
+        """Why a step failed, or None when it never did."""
+        try:
+            return self.store.get_json(self.key("failures", f"{step}.json"))
+        except MissingObjectError:
+            return None

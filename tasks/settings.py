@@ -7,6 +7,7 @@ path in the file: `training.epochs`.
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training.epochs": 1,
     },
 }
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 
 
 class Section(BaseModel):
@@ -192,6 +194,18 @@ class Evaluation(Section):
 
     batch_size: int = Field(64, ge=1, le=4096, description="Sentences translated at once", json_schema_extra=EXPERT)
     max_new_tokens: int = Field(128, ge=8, le=1024, description="Longest translation, in tokens")
+    beams: int = Field(
+        1, ge=1, le=16, description="Hypotheses that the search keeps; 1 is greedy", json_schema_extra=EXPERT
+    )
+    engine: Literal["tensorflow", "ctranslate2"] = Field(
+        "tensorflow",
+        description="What translates; ctranslate2 is believed only where it agrees with tensorflow",
+        json_schema_extra=EXPERT,
+    )
+    extra_sets: dict[Name, str] = Field(
+        {},
+        description="More test sets, as NAME: SOURCE; a .tsv or .parquet of two columns, or a dataset's test split",
+    )
 
 
 class Gate(Section):
@@ -210,7 +224,26 @@ class Gate(Section):
     max_length_ratio: float | None = Field(None, ge=0, description="Longest output, relative to the references")
     max_empty: Fraction | None = Field(None, description="Largest share of empty translations")
     max_copied: Fraction | None = Field(None, description="Largest share of translations that repeat the source")
+    max_repeating: Fraction | None = Field(None, description="Largest share of translations stuck in a repetition")
+    max_unknown: Fraction | None = Field(None, description="Largest share of output tokens that stand for no text")
     max_slice_loss: float | None = Field(None, ge=0, description="BLEU that any slice may lose against the champion")
+    max_leak: float | None = Field(
+        None, ge=0, description="How much further the loss may fall on the test split than on the validation split"
+    )
+    extra_min_bleu: dict[Name, float] = Field(
+        {}, description="Lowest BLEU on each extra test set, as NAME: BLEU", json_schema_extra=EXPERT
+    )
+
+
+class Costs(Section):
+    """What computing costs, for the report."""
+
+    cpu_hour: float | None = Field(
+        None, ge=0, description="Price of an hour of a step without a GPU, in any currency", json_schema_extra=EXPERT
+    )
+    gpu_hour: float | None = Field(
+        None, ge=0, description="Price of an hour of a step with a GPU", json_schema_extra=EXPERT
+    )
 
 
 class Operation(Section):
@@ -254,6 +287,7 @@ class Settings(Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     gate: Gate = Gate()
+    costs: Costs = Costs()
 
     @field_validator("schedule")
     @classmethod
@@ -272,11 +306,16 @@ class Settings(Section):
         low, high = self.gate.min_length_ratio, self.gate.max_length_ratio
         if low is not None and high is not None and low > high:
             raise ValueError(f"gate.min_length_ratio ({low}) is above gate.max_length_ratio ({high})")
+        if "test" in self.evaluation.extra_sets:
+            raise ValueError("evaluation.extra_sets: 'test' is the corpus's own test split: choose another name")
+        if strangers := sorted(self.gate.extra_min_bleu.keys() - self.evaluation.extra_sets.keys()):
+            raise ValueError(f"gate.extra_min_bleu names {strangers[0]!r}, which is not in evaluation.extra_sets")
         return self
 
 
 # A pipeline's identity and the shape of its DAG: changed in its file, never for one run.
 FIXED = ("name", "description", "schedule", "approval", "operation")
+MAPPINGS = ("evaluation.extra_sets", "gate.extra_min_bleu")  # settings whose value is a mapping
 
 
 def load(path: Path, overrides: dict[str, Any] | None = None) -> Settings:
@@ -292,7 +331,13 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Settings:
         raise SettingsError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
     overrides = overrides or {}
     preset = PRESETS.get(str(overrides.get("preset", content.get("preset"))), {})
-    for name, value in {**preset, **overrides}.items():
+    return override(content, {**preset, **overrides}, str(path))
+
+
+def override(content: dict[str, Any], overrides: dict[str, Any], path: str) -> Settings:
+    """Settings with some replaced by name. Raises `SettingsError`; `path` says in it where the content is from."""
+    content = copy.deepcopy(content)
+    for name, value in overrides.items():
         if name.split(".")[0] in FIXED:
             raise SettingsError(f"{path}: {name} is fixed by the file and cannot be changed for one run")
         *sections, leaf = name.split(".")
@@ -301,7 +346,7 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Settings:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise SettingsError(f"{path}: {name} is not a setting: {section} is a value, not a section")
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name not in MAPPINGS:
             raise SettingsError(f"{path}: {name} is a section: name one of its settings, as in training.epochs=1")
         target[leaf] = value
     try:
@@ -346,7 +391,7 @@ def form_fields(settings: Settings) -> dict[str, dict[str, Any]]:
     schema = _schema()
     values = settings.model_dump()
     for name, field in schema["properties"].items():
-        if name in FIXED:
+        if name.split(".")[0] in FIXED:
             continue
         section = schema["$defs"].get(field.get("$ref", "").rsplit("/", 1)[-1])
         if section is None:

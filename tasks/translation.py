@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tasks.model import length_batches, pad
+from tasks.model import length_batches
 from tasks.progress import Progress
+
+XLA_WIDTHS = (32, 64, 128, 256, 512, 1024)  # tokens; XLA compiles anew for each shape, so there are few
 
 
 def translate(
@@ -21,39 +23,81 @@ def translate(
     max_tokens: int = 128,
     max_new_tokens: int = 128,
     batch_size: int = 64,
-    label: str = "translate",
+    beams: int = 1,
 ) -> list[str]:
-    """Greedy translations, in the order of the sentences.
+    """Translations, greedy or of a beam, in the order of the sentences."""
+    sources = encode(tokenizer, sentences, prompt, max_tokens)
+    outputs = generate(model, sources, max_new_tokens=max_new_tokens, batch_size=batch_size, beams=beams)
+    return decode(tokenizer, outputs)
 
-    Sentences of similar length share a batch and every batch of a width runs the same compiled graph, which gives the
-    outputs of one sentence at a time, many times faster.
-    """
+
+def encode(tokenizer: Any, sentences: Sequence[str], prompt: str, max_tokens: int) -> list[list[int]]:
+    """Token ids of what the model reads: prompt, sentence, end token."""
     if not sentences:
         return []
-    encoded = tokenizer([prompt + s for s in sentences], truncation=True, max_length=max_tokens)["input_ids"]
-    pad_id = model.config.pad_token_id
+    return tokenizer([prompt + text for text in sentences], truncation=True, max_length=max_tokens)["input_ids"]
 
-    @tf.function(reduce_retracing=False)
-    def generate(input_ids: tf.Tensor, attention_mask: tf.Tensor) -> tf.Tensor:
+
+def decode(tokenizer: Any, outputs: Sequence[Sequence[int]]) -> list[str]:
+    """What people read; tokens that stand for no text are left out."""
+    return tokenizer.batch_decode(outputs, skip_special_tokens=True)
+
+
+def generate(
+    model: Any,
+    sources: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    beams: int = 1,
+    xla: bool | None = None,
+    label: str = "translate",
+) -> list[list[int]]:
+    """Token ids of the translations, without start and end, in the order of the sources.
+
+    Sentences of similar length share a batch, and every batch runs the same compiled graph, which gives the outputs of
+    one sentence at a time. `xla` (where there is a GPU, unless said otherwise) compiles it for each shape; then batches
+    are filled up to few shapes.
+    """
+    if xla is None:
+        xla = bool(tf.config.list_physical_devices("GPU"))
+    config = model.config
+    fixed = min(batch_size, len(sources)) if xla or beams > 1 else None  # beam search wants to know a batch's rows
+
+    @tf.function(input_signature=[tf.TensorSpec([fixed, None], tf.int32)] * 2, jit_compile=xla)
+    def generate_batch(input_ids: tf.Tensor, attention_mask: tf.Tensor) -> tf.Tensor:
         return model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             max_new_tokens=max_new_tokens,
-            num_beams=1,
+            num_beams=beams,
             do_sample=False,
         )
 
-    translations = [""] * len(sentences)
-    progress = Progress(label, total=len(sentences), unit="sentences")
-    for batch in length_batches([len(row) for row in encoded], batch_size):
-        input_ids = pad([encoded[i] for i in batch], pad_id)
-        missing = batch_size - len(batch)
-        if missing > 0 and len(sentences) > batch_size:  # a short last batch would be traced anew
-            input_ids = np.concatenate([input_ids, np.repeat(input_ids[-1:], missing, axis=0)])
-        mask = (input_ids != pad_id).astype(np.int32)
-        outputs = generate(tf.constant(input_ids), tf.constant(mask)).numpy()[: len(batch)]
-        for row, text in zip(batch, tokenizer.batch_decode(outputs, skip_special_tokens=True), strict=True):
-            translations[row] = text
-        progress.advance(len(batch))
-    progress.close()
-    return translations
+    outputs: list[list[int]] = [[]] * len(sources)
+    with Progress(label, total=len(sources), unit="sentences") as progress:
+        for batch in length_batches([len(row) for row in sources], batch_size):
+            rows = [sources[i] for i in batch]
+            width = max(len(row) for row in rows)
+            if xla:
+                width = next((enough for enough in XLA_WIDTHS if enough >= width), width)
+            if fixed:
+                rows += [rows[-1]] * (fixed - len(rows))
+            input_ids = padded(rows, config.pad_token_id, width)
+            mask = padded([[1] * len(row) for row in rows], 0, width)
+            answers = generate_batch(tf.constant(input_ids), tf.constant(mask)).numpy()
+            for i, answer in zip(batch, answers, strict=False):  # the last ones may be there to fill the batch
+                outputs[i] = until_end(answer[1:].tolist(), config)
+            progress.advance(len(batch))
+    return outputs
+
+
+def until_end(tokens: list[int], config: Any) -> list[int]:
+    """The tokens before the end token, without padding."""
+    end = tokens.index(config.eos_token_id) if config.eos_token_id in tokens else len(tokens)
+    return [token for token in tokens[:end] if token != config.pad_token_id]
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, width: int | None = None) -> np.ndarray:
+    """Rows of different length as one int32 array (rows, width), filled on the right."""
+    return tf.keras.utils.pad_sequences(rows, width, padding="post", value=value)

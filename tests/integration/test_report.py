@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
-from tasks import report, settings
+from tasks import registry, report, settings
+from tasks.errors import DataError
 from tasks.run import Run
 from tasks.storage import Store
 
 EVIL = "<script>alert('x')</script>"
-METRIC = {"score": 20.0, "signature": f"nrefs:1|{EVIL}"}
+METRIC = {"score": 20.0, "low": 19.0, "high": 21.0, "signature": f"nrefs:1|{EVIL}"}
+EPOCHS: list[dict[str, Any]] = [
+    {"epoch": 0, "training_loss": None, "validation_loss": 2.0},
+    {"epoch": 1, "training_loss": 1.5, "validation_loss": 1.0},
+]
+GAIN = {"observed": 1.0, "low": -0.5, "high": 2.5}
 
 
 @pytest.fixture
 def run(store: Store) -> Run:
     """A run that has been configured, with markup wherever a person could put some."""
-    from pathlib import Path
-
     content = yaml.safe_load((Path(__file__).resolve().parents[2] / "config" / "demo.yaml").read_text())
     content["description"] = content["preprocessing"]["prompt"] = EVIL
     run = Run.at(f"s3://{store.bucket}/runs/r")
@@ -84,33 +88,32 @@ def judged(run: Run, decision: str) -> None:
     }
     run.store.put_json(run.key("validation", "shape.json"), histogram)
     run.save_result("preprocess", {"summary": "tokenised", "seconds": 1.0})
-    epochs: list[dict[str, Any]] = [
-        {"epoch": 0, "training_loss": None, "validation_loss": 2.0},
-        {"epoch": 1, "training_loss": 1.5, "validation_loss": 1.0},
-    ]
-    run.save_result("train", {"summary": "trained", "seconds": 1.0, "epochs": epochs})
+    run.save_result("train", {"summary": "trained", "seconds": 1.0, "epochs": EPOCHS})
     system = {
-        "bleu": METRIC, "chrf": METRIC, "validation_loss": 1.0, "length_ratio": 1.0, "empty": 0.0, "copied": 0.0
+        "bleu": METRIC, "chrf": METRIC, "validation_loss": 1.0, "test_loss": None, "length_ratio": 1.0, "empty": 0.0,
+        "copied": 0.0, "repeating": 0.0, "unknown": 0.0,
     }  # fmt: skip
+    both = {"champion": system, "candidate": system, "gain": {"bleu": GAIN, "chrf": GAIN, "validation_loss": GAIN}}
     run.store.put_json(
         run.key("evaluation", "metrics.json"),
         {
             "champion_version": None,
             "sentences": 1,
-            "champion": system,
-            "candidate": system,
-            "slices": {"short": {"sentences": 30, "champion": 1.0, "candidate": 2.0}},
+            "chance": 0.2,
+            "engine": {"candidate": EVIL},
+            "slices": {"short": {"sentences": 30, "champion": 1.0, "candidate": 2.0, "low": 0.5, "high": 1.5}},
+            "extra": {"talks": {"sentences": 9, **both}},
+            **both,
         },
     )
-    statistics = [np.zeros(10, int)]
     table = {
+        "set": ["test"],
         "source": [f"Hello {EVIL}"],
         "reference": [EVIL],
         "champion": [f"uno {EVIL}"],
         "candidate": ["dos &amp; 3"],
     }
-    frame = pd.DataFrame({**table, "champion_statistics": statistics, "candidate_statistics": statistics})
-    run.store.put(run.key("evaluation", "translations.parquet"), frame.to_parquet())
+    run.store.put(run.key("evaluation", "translations.parquet"), pd.DataFrame(table).to_parquet())
     run.save_result("evaluate", {"summary": "evaluated", "seconds": 1.0})
     check = {"name": "BLEU", "observed": None, "required": ">= 30", "passed": False, "sentence": "BLEU is too low."}
     run.save_result(
@@ -156,3 +159,51 @@ def test_a_promotion_shows_where_the_two_differ(run: Run) -> None:
 def test_the_same_run_gives_the_same_page(run: Run) -> None:
     judged(run, "promote")
     assert page(run) == page(run)
+
+
+def test_a_failed_run_says_which_step_and_why(run: Run) -> None:
+    pulled(run, changed=True)
+    run.save_failure("validate", DataError(f"the corpus is not fit: {EVIL}"))
+    run.save_failure("pull", DataError("before it was tried again"))
+    html = page(run)
+    assert '<h1 class="bad">Failed</h1>' in html
+    assert "The validate step failed: the corpus is not fit: &lt;script&gt;" in html
+    assert "before it was tried again" not in html
+
+
+def test_metrics_that_cannot_be_read_do_not_keep_the_rest_from_being_reported(run: Run) -> None:
+    judged(run, "reject")
+    run.store.put(run.key("evaluation", "metrics.json"), b'{"half')
+    html = page(run)
+    assert "BLEU is too low." in html
+    assert "Candidate against champion" not in html
+
+
+def test_a_price_gives_the_cost_of_each_step(run: Run) -> None:
+    content = run.store.get_json(run.key("config.json"))
+    content["settings"]["costs"] = {"cpu_hour": 1.8, "gpu_hour": 36.0}
+    run.store.put_json(run.key("config.json"), content)
+    run = Run.at(run.uri)
+    pulled(run, changed=True)
+    run.save_result("train", {**run.result("configure"), "seconds": 100.0, "gpus": 1, "epochs": EPOCHS})
+    run.save_result("pull", {**run.result("pull"), "seconds": 1000.0, "gpus": 0})
+    html = page(run)
+    assert '<td class="number">1 min 40 s, GPU</td>' in html
+    assert '<td class="number">1.00</td>' in html
+    assert '<td class="number">0.50</td>' in html
+
+
+def test_every_version_is_on_the_trend_page(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    for number in (1, 2):
+        (tmp_path / "config.json").write_text(str(number))
+        about: dict[str, Any] = {"run": EVIL, "metrics": {"candidate": 20.0 + number, "champion": 20.0}}
+        about |= {"validation_loss": 1.5, "seconds": {"train": 90.0}} if number == 2 else {}
+        registry.publish(run.store, "demo", f"2026-11-0{number}-aaaa", tmp_path, about)
+    registry.move(run.store, "demo", "2026-11-02-aaaa", expected=None, who="x", why="y")
+    page(run)
+    html = run.store.get("models/demo/trend.html").decode()
+    assert "<script" not in html
+    assert html.index("2026-11-01-aaaa") < html.index("2026-11-02-aaaa") < html.index(">production<")
+    assert "1 min 30 s" in html
+    assert html.count("<svg") == 4

@@ -8,7 +8,16 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.scoring import STATISTICS, bleu_from, bleu_statistics, bootstrap_gains, corpus_scores
+from tasks.scoring import (
+    STATISTICS,
+    bleu_from,
+    bleu_statistics,
+    bootstrap_gains,
+    chance_of_gain,
+    chrf_of_total,
+    chrf_statistics,
+    corpus_scores,
+)
 
 WORDS = st.lists(st.sampled_from(["el", "la", "casa", "perro", "no", "¿qué?", "3,5", "ñandú", "."]), max_size=12)
 CORPORA = st.lists(st.tuples(WORDS, WORDS.filter(bool)), min_size=1, max_size=10)
@@ -22,6 +31,15 @@ def test_corpus_bleu_is_recomputed_exactly_from_statistics(pairs: list[tuple[lis
     expected = sacrebleu.corpus_bleu(hypotheses, [references]).score
     assert bleu_from(statistics) == pytest.approx(expected, abs=1e-9)
     assert corpus_scores(hypotheses, references)["bleu"]["score"] == pytest.approx(expected, abs=1e-9)
+
+
+@given(CORPORA)
+def test_corpus_chrf_is_recomputed_exactly_from_statistics(pairs: list[tuple[list[str], list[str]]]) -> None:
+    hypotheses, references = ([" ".join(words) for words in side] for side in zip(*pairs, strict=True))
+    statistics = chrf_statistics(hypotheses, references)
+    assert len(statistics) == len(pairs)
+    expected = sacrebleu.corpus_chrf(hypotheses, [references], word_order=2).score
+    assert chrf_of_total(statistics.sum(axis=0)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_scores_say_how_they_were_made() -> None:
@@ -65,3 +83,13 @@ def test_the_bootstrap_sees_a_better_system_and_none_where_there_is_none(
 
 def test_the_bootstrap_is_repeatable(systems: tuple[np.ndarray, np.ndarray]) -> None:
     np.testing.assert_array_equal(bootstrap_gains(*systems, 100), bootstrap_gains(*systems, 100))
+
+
+def test_a_gain_by_chance_is_told_from_one_that_is_not(systems: tuple[np.ndarray, np.ndarray]) -> None:
+    worse, better = systems
+    assert chance_of_gain(better, worse, 200) == pytest.approx(1 / 201)
+    assert chance_of_gain(worse, better, 200) == 1
+    assert chance_of_gain(better, better, 200) == 1
+    mixed = np.where(np.arange(len(worse))[:, None] % 2, better, worse)
+    other = np.where(np.arange(len(worse))[:, None] % 2, worse, better)
+    assert chance_of_gain(mixed, other, 200) > 0.05

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tasks.errors import SettingsError
-from tasks.settings import FIXED, Settings, Training, form_fields, load, parse_overrides
+from tasks.settings import FIXED, MAPPINGS, Settings, Training, form_fields, load, parse_overrides
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
 DEMO = CONFIG / "demo.yaml"
@@ -60,6 +60,12 @@ def test_the_files_that_come_with_the_project_are_valid(file: Path) -> None:
         ({"data.pair": "English-Spanish"}, "data.pair: .*found 'English-Spanish'"),
         ({"gate.max_empty": 2}, "gate.max_empty: .*less than or equal to 1, found 2"),
         ({"gate.min_length_ratio": 3}, r"gate.min_length_ratio \(3.0\) is above gate.max_length_ratio \(1.2\)"),
+        (
+            {"gate.extra_min_bleu": {"flores": 20}},
+            "gate.extra_min_bleu names 'flores', which is not in evaluation.extra",
+        ),
+        ({"evaluation.extra_sets": {"test": "x.tsv"}}, "evaluation.extra_sets: 'test' is the corpus's own test split"),
+        ({"evaluation.extra_sets": {"a/b": "x.tsv"}}, "evaluation.extra_sets.*: String should match pattern"),
         ({"name": "My Model"}, "name: .*found 'My Model'"),
         ({"schedule": "0 0 31 2 *"}, "schedule: expected a cron expression for a time that comes, found '0 0 31 2 .'"),
         ({"schedule": ""}, "schedule: expected a cron expression.*found ''"),
@@ -150,7 +156,8 @@ def test_the_form_has_every_setting_but_the_fixed_ones() -> None:
     def leaves(values: dict[str, Any], prefix: str = "") -> set[str]:
         names = set()
         for name, value in values.items():
-            names |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+            section = isinstance(value, dict) and prefix + name not in MAPPINGS
+            names |= leaves(value, f"{prefix}{name}.") if section else {prefix + name}
         return names
 
     settings = load(DEMO)
