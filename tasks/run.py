@@ -89,7 +89,7 @@ class Run:
 
     def save_failure(self, step: str, error: BaseException) -> None:
         """Record why a step failed, for the report."""
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).encode("utf-8", "replace").decode() or type(error).__name__
         kind = "" if isinstance(error, StepError) else f"{type(error).__name__}: "
         self.store.put_json(
             self.key("failures", f"{step}.json"),
