@@ -17,7 +17,6 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +67,7 @@ __all__ = [
     "read_event",
     "read_pointer",
     "resolve",
+    "stored_pointer",
     "version_prefix",
     "versions",
     "withdraw",
@@ -76,6 +76,7 @@ __all__ = [
 
 
 EXPIRED = "expired.json"  # what was the manifest
+_proven: set[tuple[str | None, str]] = set()  # stores and buckets that have shown that they can write on a condition
 
 
 class ProductionMovedError(DataError):
@@ -292,14 +293,9 @@ def diff(old: Manifest, new: Manifest) -> list[str]:
 
 def require_conditional_writes(store: Store, model: str) -> None:
     """Raise `SettingsError` for a store that writes whatever the condition, where nothing else keeps order."""
-    if not os.environ.get("RETRAIN_STORE_LOCK"):
-        _probe(store.endpoint, store.bucket, model)
-
-
-@cache
-def _probe(endpoint: str | None, bucket: str, model: str) -> None:
-    store, key = Store(bucket), f"models/{model}/probe.json"
-    about = b'{"about": "shows whether this store can write on a condition"}'
+    if os.environ.get("RETRAIN_STORE_LOCK") or (store.endpoint, store.bucket) in _proven:
+        return
+    key, about = f"models/{model}/probe.json", b'{"about": "shows whether this store can write on a condition"}'
     with contextlib.suppress(ConflictError):
         store.put(key, about, if_absent=True)
     for condition in ({"if_absent": True}, {"if_match": '"00000000000000000000000000000000"'}):
@@ -308,10 +304,11 @@ def _probe(endpoint: str | None, bucket: str, model: str) -> None:
         except ConflictError:
             continue
         raise SettingsError(
-            f"the object store at {endpoint or 'AWS'} writes whatever the condition ({', '.join(condition)}): two "
-            f"promotions at once would overwrite each other. Use another store, or set RETRAIN_STORE_LOCK to a file "
-            f"that every writer can lock"
+            f"the object store at {store.endpoint or 'AWS'} writes whatever the condition ({', '.join(condition)}): "
+            f"two promotions at once would overwrite each other. Use another store, or set RETRAIN_STORE_LOCK to a "
+            f"file that every writer can lock"
         )
+    _proven.add((store.endpoint, store.bucket))
 
 
 def _now() -> str:

@@ -389,15 +389,25 @@ def test_a_withdrawal_that_died_is_done_by_the_next_writer(
 # The steps that use it
 
 
-def judged(store: Store, tmp_path: Path, name: str, decision: str, champion: str | None) -> Run:
+def judged(
+    store: Store,
+    tmp_path: Path,
+    name: str,
+    decision: str,
+    champion: str | None,
+    *,
+    model: str = MODEL,
+    trained: bytes = b"weights",
+) -> Run:
     """A run whose candidate has been judged."""
-    run = Run.at(f"s3://{store.bucket}/runs/{name}")
+    run = Run(store, f"runs/{name}")
     candidate = tmp_path / name
     candidate.mkdir()
     (candidate / "config.json").write_text(name)
+    (candidate / "trained.bin").write_bytes(trained)
     artifacts.publish(store, run.key("candidate"), candidate)
     settings = {
-        "name": MODEL,
+        "name": model,
         "description": "d",
         "data": {"source": "x/y"},
         "base_model": {"source": "x/z"},
