@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +28,20 @@ class Pulled:
     manifest: Manifest
 
 
-def pull(name: str, version: str, directory: str | os.PathLike[str], *, bucket: str | None = None) -> Pulled:
+def pull(
+    name: str,
+    version: str,
+    directory: str | os.PathLike[str],
+    *,
+    bucket: str | None = None,
+    reuse: Sequence[str | os.PathLike[str]] = (),
+) -> Pulled:
     """Download a model: `version` is an alias (`production`) or a version, `directory` what shall hold its files.
 
     Every file is checked against the manifest before the directory appears under its name, all at once. What an
     interrupted call has downloaded is used by the next. A model that is there already gives way when everything is
-    there, becomes `DIRECTORY.previous`, and lends the files that have not changed. Files are shared with the previous
-    directory by hard links, so nobody may write to them.
+    there, becomes `DIRECTORY.previous`, and lends the files that have not changed; so do the directories in `reuse`.
+    Files are lent by hard links, so nobody may write to them.
 
     Raises `DataError` for what does not exist or is not what was published, `RetryableError` for what may work later,
     `SettingsError` for a wrong address, key or permission. Nothing is changed then.
@@ -43,7 +50,7 @@ def pull(name: str, version: str, directory: str | os.PathLike[str], *, bucket: 
     found = registry.resolve(store, name, version)
     manifest = registry.manifest(store, name, found)
     previous = target.with_name(f"{target.name}.previous")
-    registry.pull(store, name, found, target, reuse=[target, previous], keep_previous=True)
+    registry.pull(store, name, found, target, reuse=[target, previous, *map(Path, reuse)], keep_previous=True)
     return Pulled(found, target, manifest)
 
 

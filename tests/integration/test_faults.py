@@ -96,7 +96,9 @@ def test_many_writers_promote_and_roll_back_at_once(store: Store, tmp_path: Path
             except ProductionMovedError:
                 outcomes["refused: it had moved"] += 1
             else:
-                outcomes["moved" if event.who == f"writer {seed}" else "was there already"] += 1
+                outcomes[
+                    "moved" if (event.who, event.why) == (f"writer {seed}", f"round {number}") else "was there already"
+                ] += 1
                 won.append(event)
 
     def read() -> None:
