@@ -5,7 +5,8 @@
 
 It pulls at the start, and again whenever production moves. A new model first has to translate the self-test's
 sentences; only then do new requests go to it, while those under way end with the old one. One that fails is left alone,
-and the old one stays. Settings come from the environment: MODEL, ALIAS (production), MODELS (a directory), POLL_SECONDS (30).
+and the old one stays. Settings come from the environment: MODEL, ALIAS (production), MODELS (a directory),
+POLL_SECONDS (30).
 """
 
 from __future__ import annotations
