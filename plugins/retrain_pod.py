@@ -220,6 +220,8 @@ def why_it_failed(pod: k8s.V1Pod, container: str, error: BaseException) -> tuple
         reason = f": its container cannot start ({waiting.reason}): {waiting.message or 'it does not say why'}"
     elif scheduled and scheduled.status != "True":
         reason = f": no node could take its pod ({scheduled.reason}): {scheduled.message}"
+    elif pod.metadata.deletion_timestamp:
+        reason = ": its pod was deleted, by somebody or with its node, before it was done"
     else:
         reason = f": its pod was given up: {error}"
     return reason, not (waiting and waiting.reason == "InvalidImageName")

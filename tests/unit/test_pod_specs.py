@@ -149,8 +149,9 @@ def test_an_attempt_ends_when_something_is_cleared_or_the_run_is_made_anew() -> 
 # Why a pod failed: statuses as clusters report them
 
 
-def pod(**status: Any) -> k8s.V1Pod:
-    answer = SimpleNamespace(data=json.dumps({"metadata": {"name": "p"}, "status": status}))
+def pod(deleted: str | None = None, **status: Any) -> k8s.V1Pod:
+    metadata = {"name": "p", "deletionTimestamp": deleted}
+    answer = SimpleNamespace(data=json.dumps({"metadata": metadata, "status": status}))
     return ApiClient().deserialize(answer, "V1Pod")
 
 
@@ -222,6 +223,7 @@ def ended(code: int, message: str = "", reason: str = "Error") -> list[dict[str,
         ),
         ({"containerStatuses": container(running={})}, ": its pod was given up: too slow", True),
         ({}, ": its pod was given up: too slow", True),
+        ({"deleted": "2026-11-24T21:13:40Z"}, ": its pod was deleted, by somebody or with its node", True),
     ],
 )
 def test_a_failure_reads_as_what_it_is(status: dict[str, Any], reason: str, again: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -142,7 +143,9 @@ def test_a_pod_deleted_in_mid_training_is_tried_again_and_goes_on(airflow: Airfl
     second = airflow.wait_for_training(but=first)
     assert second != first
     assert airflow.task()["try_number"] == 2
-    assert "SIGTERM" in airflow.log(1) or "its pod is gone" in airflow.log(1)
+    assert "stopped by SIGTERM; what was done is kept" in airflow.log(1)
+    assert "its pod was deleted" in airflow.log(1) or "its pod is gone" in airflow.log(1)
+    wait_for(lambda: re.search("goes on from|resum", airflow.log(2)), 60)
 
 
 def test_when_what_watches_a_pod_is_killed_the_pod_is_found_again(airflow: Airflow) -> None:
