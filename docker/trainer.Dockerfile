@@ -30,6 +30,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/opt/retrain \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
+    TF_CPP_MIN_LOG_LEVEL=2 \
     RETRAIN_COMMIT=${COMMIT}
 USER 10001
 HEALTHCHECK CMD ["python", "-m", "tasks", "--version"]

@@ -29,8 +29,8 @@ LONG = {"training.epochs": 100, "training.batch_size": 4, "force": True}
 class Airflow:
     """The local stack with its steps as pods, and one run of the demo."""
 
-    def __init__(self, stack: Stack, cluster: Cluster, deferrable: bool) -> None:
-        self.stack, self.cluster, self.deferrable = stack, cluster, deferrable
+    def __init__(self, stack: Stack, cluster: Cluster, deferrable: bool, extra: dict[str, str]) -> None:
+        self.stack, self.cluster, self.deferrable, self.extra = stack, cluster, deferrable, extra
         self.run = ""
 
     def task(self, name: str = "train") -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Airflow:
             if pod is None or pod.metadata.name == but:
                 return None
             log = self.cluster.api.read_namespaced_pod_log(pod.metadata.name, self.cluster.namespace)
-            return pod.metadata.name if "epoch 1" in log or "epoch 2" in log else None
+            return pod.metadata.name if re.search(r"epoch \d", log) else None
 
         return wait_for(trains, seconds)
 
@@ -82,11 +82,7 @@ class Airflow:
         busy = [worker for worker in scheduler.children(recursive=True) if len(worker.children()) == 1]
         for worker in busy:
             for process in [*worker.children(recursive=True), worker]:
-                with_name = process.name()
                 process.kill()
-                print("killed", with_name)
-
-    extra: dict[str, str]
 
 
 def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
@@ -122,8 +118,7 @@ def airflow(
         patch.delenv("KUBECONFIG", raising=False)
         patch.setenv("RETRAIN_AIRFLOW_PORT", str(free_port()))
         stack = Stack(folder / "stack")
-        airflow = Airflow(stack, cluster, request.param)
-        airflow.extra = extra
+        airflow = Airflow(stack, cluster, request.param, extra)
         stack.up(print, extra)
         try:
             wait_for(lambda: stack.api().find_dag(DAG), 120)
@@ -138,14 +133,14 @@ def airflow(
 
 def test_a_pod_deleted_in_mid_training_is_tried_again_and_goes_on(airflow: Airflow) -> None:
     first = airflow.wait_for_training()
-    wait_for(lambda: "epoch 1" in airflow.log(1), 60)  # the pod's log is the task's, while it runs
+    wait_for(lambda: "epoch 1" in airflow.log(1), 120)  # the pod's log is the task's, while it runs
     airflow.cluster.delete(first)  # SIGTERM first, as when a node is drained or a pod preempted
     second = airflow.wait_for_training(but=first)
     assert second != first
     assert airflow.task()["try_number"] == 2
     assert "stopped by SIGTERM; what was done is kept" in airflow.log(1)
     assert "its pod was deleted" in airflow.log(1) or "its pod is gone" in airflow.log(1)
-    wait_for(lambda: re.search("goes on from|resum", airflow.log(2)), 60)
+    wait_for(lambda: "going on from a checkpoint" in airflow.log(2), 120)
 
 
 def test_when_what_watches_a_pod_is_killed_the_pod_is_found_again(airflow: Airflow) -> None:
