@@ -6,7 +6,7 @@ The sentences and translations of one evaluated run are taken as all the sentenc
 independent mixtures of the run's two systems: the champion has each system's translation of half of the sentences, the
 candidate the better one's of such a share that BLEU over all sentences differs by the wanted amount. So they differ in
 about half of their sentences, whatever the difference. For every point hundreds of test sets are drawn, and the gate's
-two relative checks (not worse, and better by `min_gain`) decide on each.
+relative checks (not worse, better by `min_gain`, and not by chance) decide on each.
 
 Prints a table; writes the same as a figure.
 """
@@ -29,11 +29,11 @@ from tasks.evaluate import read_tables
 from tasks.metrics import SYSTEMS, TEST
 from tasks.plots import STYLE
 from tasks.run import Run
-from tasks.scoring import bleu_from, bootstrap_gains
+from tasks.scoring import bleu_from, bootstrap_gains, chance_of_gain
 from tasks.settings import Gate
 
 DIFFERENCES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # true BLEU, candidate minus champion
-TEST_SIZES = (500, 2000, 5000)
+TEST_SIZES = (500, 2000, 5000)  # sentences
 
 
 def mixture(better: np.ndarray, worse: np.ndarray, share: float, random: np.random.Generator) -> np.ndarray:
@@ -59,7 +59,9 @@ def share_for(difference: float, better: np.ndarray, worse: np.ndarray) -> float
 def promoted(candidate: np.ndarray, champion: np.ndarray, margin: float, gain: float | None, confidence: float) -> bool:
     """What the gate's relative checks say of one test set."""
     surely = float(np.quantile(bootstrap_gains(candidate, champion, 300), 1 - confidence))
-    return surely >= -margin and (gain is None or surely >= gain)
+    if gain is None or surely < max(gain, -margin):
+        return gain is None and surely >= -margin
+    return chance_of_gain(candidate, champion, 300) <= 1 - confidence
 
 
 def main() -> None:

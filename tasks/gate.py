@@ -78,7 +78,7 @@ def run(run: Run, *, settings: Settings | None = None, dry: bool = False) -> dic
     }
     if not dry:
         run.store.put_json(run.key("gate.json"), outcome)
-    reasons = "; ".join(check.sentence for check in refused) or f"all {len(checks)} checks hold"
+    reasons = " ".join(check.sentence for check in refused) or f"all {len(checks)} checks hold"
     return {"summary": f"{outcome['decision']}: {reasons}", **outcome}
 
 
