@@ -65,10 +65,10 @@ class Checkpoints:
                 artifacts.publish(self.store, prefix, Path(name), about)
                 self._own.append(prefix)
                 self._delete_others()
+                log.info("checkpoint at step %s written in %.1f s", step, time.monotonic() - started)
             except StoreUnreachableError as error:
                 log.warning("no checkpoint could be written; training goes on without: %s", error)
         self._last = time.monotonic()
-        log.info("checkpoint at step %s written in %.1f s", step, self._last - started)
 
     def latest(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """The newest checkpoint that is whole and of this training: its arrays and its position.
