@@ -135,6 +135,15 @@ def test_what_a_run_may_not_change_is_refused(name: str, value: Any, message: st
         load(DEMO, {name: value})
 
 
+def test_a_preset_goes_before_the_file_and_after_what_is_asked_for() -> None:
+    quick = load(DEMO, {"preset": "quick"})
+    assert (quick.training.epochs, quick.data.max_train_rows, quick.validation.min_train_rows) == (1, 2000, 100)
+    assert load(DEMO, {"preset": "quick", "training.epochs": 7}).training.epochs == 7
+    assert load(DEMO, {"preset": "full"}) == load(DEMO)
+    with pytest.raises(SettingsError, match="preset: .*'full' or 'quick'"):
+        load(DEMO, {"preset": "fast"})
+
+
 def test_values_are_read_as_json_or_else_as_text() -> None:
     assert parse_overrides(["a=1", "b=null", "c=[1]", "d=some text", "e=x=y", 'f="1"', "g="]) == {
         **{"a": 1, "b": None, "c": [1], "d": "some text", "e": "x=y"},
