@@ -74,7 +74,7 @@ stops there, green.
 - *Trigger* changes any setting for one run; the preset *quick* only sees whether everything works. `force` trains
   although nothing has changed.
 - The grid says what a run came to: green is one of *Promote to production*, *Reject* and *Nothing has changed*.
-- Every run leaves a page: *Report* under the Details of *{report}*. [Models]({page}) shows all versions, and rolls back.
+- Every run leaves a page: *Report* under the Details of *{report}*. [Models]({page}) shows all versions and rolls back.
 - A task is safe to clear and run again: it overwrites only what it wrote before.
 - The settings: `config/{file}`.
 """

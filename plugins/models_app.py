@@ -92,9 +92,9 @@ def model(request: Request, dag_id: Name, user: GetUserDep) -> Response:
     versions = registry.versions(store, name)[-SHOWN:]
     manifests = dict(zip(versions, at_once(lambda each: registry.manifest(store, name, each), versions), strict=True))
     history = registry.history(store, name)
-    promoted = {event.version: event for event in history if event.gate}
+    checks = at_once(lambda each: checks_of(store, manifests[each]), versions)
     order = {event.version: event.number for event in reversed(history)}  # when it first came, where that is known
-    rows = [version_row(each, manifests[each], promoted.get(each)) for each in versions]
+    rows = [version_row(each, manifests[each], found) for each, found in zip(versions, checks, strict=True)]
     rows.sort(key=lambda row: order.get(row["version"], 0))
     rollback = dag_id.replace("retrain_", "rollback_", 1)
     return page(
@@ -145,7 +145,7 @@ def compare(request: Request, dag_id: Name, old: Version, new: Version) -> Respo
         dag_id=dag_id,
         old=old,
         new=new,
-        rows=[version_row(each, found, None) for each, found in zip((old, new), manifests, strict=True)],
+        rows=[version_row(each, found) for each, found in zip((old, new), manifests, strict=True)],
         differences=differing_values(*manifests),
         sentences=sentences,
         why_not=why_not,
@@ -346,7 +346,7 @@ def is_paused(wanted: str) -> bool:
     return bool(found and found.is_paused)
 
 
-def version_row(version: str, manifest: Manifest, event: registry.Event | None) -> dict[str, Any]:
+def version_row(version: str, manifest: Manifest, checks: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """What a list says of a version."""
     metrics = manifest.metadata.get("metrics") or {}
     return {
@@ -354,7 +354,8 @@ def version_row(version: str, manifest: Manifest, event: registry.Event | None) 
         "run": manifest.metadata.get("run"),
         "bleu": metrics.get("candidate"),
         "against": metrics.get("champion"),
-        "checks": len(event.gate) if event and event.gate else None,
+        "checks": len(checks),
+        "passed": sum(check["passed"] for check in checks),
         "size": manifest.size,
     }
 

@@ -140,7 +140,7 @@ def test_a_preset_goes_before_the_file_and_after_what_is_asked_for() -> None:
     assert (quick.training.epochs, quick.data.max_train_rows, quick.validation.min_train_rows) == (1, 2000, 100)
     assert load(DEMO, {"preset": "quick", "training.epochs": 7}).training.epochs == 7
     assert load(DEMO, {"preset": "full"}) == load(DEMO)
-    with pytest.raises(SettingsError, match="preset: .*'full' or 'quick'"):
+    with pytest.raises(SettingsError, match=r"preset: .*'full' or 'quick'"):
         load(DEMO, {"preset": "fast"})
 
 
