@@ -2,6 +2,7 @@
 
 It is scheduled on the models' assets, so it runs when a promotion or a rollback has moved production, and never after a
 run that was rejected, failed or found nothing changed. Make yours from it: deploy a service, warm a cache, tell a team.
+Translating takes the libraries of training where Airflow's workers run; on a cluster, make the task a pod.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ def unchanged(settings: Settings, context: Context) -> Message | None:
 def drifted(settings: Settings, context: Context) -> Message | None:
     """The data passed validation, and has come more than halfway to a limit beyond which it will not."""
     distances = (context["ti"].xcom_pull(task_ids="validate") or {}).get("drift") or {}
-    limits = getattr(settings.validation, "drift_limits", {})
-    far = {name: value for name, value in distances.items() if limits.get(name) and value > limits[name] / 2}
+    limits = {name: limit for name, limit in settings.validation.drift_limits.items() if limit}
+    far = {name: value for name, value in distances.items() if name in limits and value > limits[name] / 2}
     if not far:
         return None
     said = ", ".join(f"{name} {value:.3f} (at most {limits[name]:g})" for name, value in far.items())

@@ -411,9 +411,12 @@ def differing_values(old: Manifest, new: Manifest) -> list[tuple[str, Any, Any]]
 
 def differing_sentences(store: Store, old: Manifest, new: Manifest) -> tuple[list[dict[str, Any]], str]:
     """The test sentences that two versions translate most differently, or why they cannot be shown."""
-    import pandas as pd  # noqa: PLC0415  (half a second, and only this page needs it)
+    try:
+        import pandas as pd  # noqa: PLC0415  (half a second, and only this page needs it)
 
-    from tasks.report import mark_words  # noqa: PLC0415
+        from tasks.report import mark_words  # noqa: PLC0415
+    except ImportError:  # Airflow's own image has only what Airflow needs
+        return [], "To show them, Airflow's API server needs pandas, pyarrow and matplotlib."
 
     tables = []
     with TemporaryDirectory() as scratch:

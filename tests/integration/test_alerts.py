@@ -159,6 +159,18 @@ def test_fresh_production_is_nothing_to_tell(webhook: Any, store: Store, tmp_pat
     assert webhook.received == []
 
 
+def test_drift_is_told_when_it_is_more_than_halfway_to_its_limit(webhook: Any) -> None:
+    validation = settings().validation.model_copy(update={"max_length_drift": 0.2})
+    alert = Alert(settings().model_copy(update={"validation": validation}), alerts.drifted)
+    for result in (None, {"drift": None}, {"drift": {"lengths": 0.05, "trigrams": 0.0}}):
+        alert(context("validate", result))
+    assert webhook.received == []
+    alert(context("validate", {"drift": {"lengths": 0.15}}))
+    ((_, body),) = webhook.received
+    assert "demo: the data drifts\n" in body["text"]
+    assert "lengths 0.150 (at most 0.2)" in body["text"]
+
+
 def test_late_run_is_told_by_the_triggerer(webhook: Any, mail: Any) -> None:
     alert = alerts.deadline(settings(late_after_hours=2))
     assert alert
