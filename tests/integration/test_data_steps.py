@@ -21,6 +21,7 @@ from conftest import bucket_of
 from scripts.object_store import Server
 from tasks import artifacts, registry
 from tasks.__main__ import main
+from tasks.errors import RetryableError
 from tasks.prepared import fetch_prepared
 from tasks.preprocess import prepare
 from tasks.pull import DATASET_MANIFEST
@@ -145,6 +146,36 @@ def test_what_is_in_the_store_already_is_not_written_again(
     monkeypatch.setattr(Store, "upload", lambda _, path, key: written.append(key))
     assert step("pull", source=source, run="again") == 0
     assert written == []
+
+
+@pytest.mark.parametrize("writes", range(0, 12, 2))
+def test_a_pull_that_was_interrupted_leaves_nothing_that_looks_complete_and_can_be_run_again(
+    writes: int, store: Store, corpus: Make, step: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Stopped after so many writes to the store: by the last, all data is there and only the result is missing."""
+    source, done = corpus(CLEAN), 0
+    assert step(source=source) == 0
+
+    def stop_after(method: Callable[..., Any]) -> Callable[..., Any]:
+        def write(*arguments: Any, **options: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done > writes:
+                raise RetryableError("the power went out")
+            return method(*arguments, **options)
+
+        return write
+
+    with monkeypatch.context() as patch:
+        for name in ("upload", "put"):
+            patch.setattr(Store, name, stop_after(getattr(Store, name)))
+        assert step("pull") == 75
+    for key in list(store.list("datasets/")):
+        if key.endswith(DATASET_MANIFEST):  # then every file that it names is there
+            artifacts.fetch(store, key.rsplit("/", 1)[0], tmp_path / "early", manifest_name=DATASET_MANIFEST)
+    assert step("pull") == 0
+    artifacts.fetch(store, result(store, "pull")["dataset"], tmp_path / "data", manifest_name=DATASET_MANIFEST)
+    assert len(pd.read_parquet(tmp_path / "data" / "train.parquet")) == len(CLEAN["train"])
 
 
 def test_limits_take_rows_from_all_over_the_corpus_and_always_the_same(
