@@ -4,7 +4,8 @@
 
 The corpus is repeated, with a number put into every repetition's sentences, until it has the rows. Each measurement is
 a process of its own, so that its peak of resident memory is its own (with helpers: its own and, for each, the largest).
-For each size the alternatives take turns.
+For each size the alternatives take turns. CPU seconds, of all processes together, are what a busy
+machine changes least.
 
     pull                 tasks.pull: hub layout to parquet, with the fingerprint
     validate             tasks.validate: marks, quarantine, unknown tokens, Great Expectations
@@ -159,15 +160,15 @@ MEASURED: dict[str, Callable[[Path, Path, Path], None]] = {
 }
 
 
-def measure(name: str, corpus: Path, files: Path) -> tuple[float, float]:
-    """Seconds and peak resident GiB, children included, of one step in a process of its own."""
+def measure(name: str, corpus: Path, files: Path) -> dict[str, float]:
+    """Seconds, CPU seconds and peak resident GiB, children included, of one step in a process of its own."""
     read, write = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=_measured, args=(name, corpus, files, write))
     process.start()
     write.close()
     result = read.recv()
     process.join()
-    return float(result[0]), float(result[1])
+    return dict(zip(("seconds", "cpu_seconds", "peak_gib"), result, strict=True))
 
 
 def _measured(name: str, corpus: Path, files: Path, answer: Any) -> None:
@@ -176,8 +177,9 @@ def _measured(name: str, corpus: Path, files: Path, answer: Any) -> None:
         started = time.monotonic()
         MEASURED[name](corpus, files, Path(scratch))
         seconds = time.monotonic() - started
-    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    answer.send((seconds, (own + len(os.sched_getaffinity(0)) * child) / 2**20))
+    own, child = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    cpu = sum(usage.ru_utime + usage.ru_stime for usage in (own, child))
+    answer.send((seconds, cpu, (own.ru_maxrss + len(os.sched_getaffinity(0)) * child.ru_maxrss) / 2**20))
 
 
 def main() -> None:
@@ -189,7 +191,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write the numbers as JSON too")
     arguments = parser.parse_args()
     print(f"{len(os.sched_getaffinity(0))}-core {platform.machine()}, Python {platform.python_version()}\n")
-    print("| step | pairs | seconds | pairs/s | peak GiB |\n|---|---:|---:|---:|---:|")
+    print("| step | pairs | seconds | CPU seconds | pairs / CPU second | peak GiB |\n|---|---:|---:|---:|---:|---:|")
     numbers = []
     with tempfile.TemporaryDirectory() as name:
         for rows in arguments.rows:
@@ -198,9 +200,10 @@ def main() -> None:
             for step in MEASURED:
                 if "," in step and rows > arguments.compare_up_to:
                     continue
-                seconds, peak = measure(step, corpus, files)
-                numbers.append({"step": step, "rows": rows, "seconds": seconds, "peak_gib": peak})
-                print(f"| {step} | {rows:,} | {seconds:.1f} | {rows / seconds:,.0f} | {peak:.2f} |", flush=True)
+                found = measure(step, corpus, files)
+                numbers.append({"step": step, "rows": rows, **found})
+                seconds, cpu, peak = found.values()
+                print(f"| {step} | {rows:,} | {seconds:.1f} | {cpu:.1f} | {rows / cpu:,.0f} | {peak:.2f} |", flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps(numbers, indent=1))
 
