@@ -4,7 +4,8 @@
 
 Reads    datasets/NAME/PAIR/FINGERPRINT/*.parquet, the base model's tokenizer, the dataset behind production
 Writes   runs/RUN_ID/validation/result.json          what Great Expectations found, split by split
-         runs/RUN_ID/validation/docs/index.html      the same as Data Docs, for people
+         runs/RUN_ID/validation/index.html           the same for people, with examples; needs no network
+         runs/RUN_ID/validation/docs/index.html      the same as Great Expectations' Data Docs
          runs/RUN_ID/validation/quarantine.parquet   the pairs set aside: split, row, source, target, reasons, evidence
          runs/RUN_ID/validation/shape.json           counts of lengths and length ratios, for the report's plots
 Result   rows, usable and quarantined pairs of each split, and how many for which reason; `unknown_rate`; `conflicting`;
@@ -34,6 +35,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tasks import artifacts, drift, registry
 from tasks.errors import DataError
@@ -49,6 +51,10 @@ from tasks.tokenizer import Choice, choose, embedding_rows, extend, fetch_tokeni
 log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 10_000
+EXAMPLES = 8  # pairs on the page for each reason
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+)
 RESULT, QUARANTINE, SHAPE = "result.json", "quarantine.parquet", "shape.json"
 ASIDE = pa.schema(
     [
@@ -89,6 +95,9 @@ def run(run: Run) -> dict[str, Any]:
         }
         wholes["train"]["drift"] = compare(run, pulled["dataset"], files["train"], scratch / "production")
         splits, findings = judge(marks, wholes, limits, scratch / "docs")
+        findings.sort(reverse=True)
+        page = render(run.uri, pulled["dataset"], splits, findings, scratch / QUARANTINE)
+        run.store.put(run.key("validation", "index.html"), page.encode())
         run.store.put(run.key("validation", RESULT), to_json(splits))
         run.store.put(run.key("validation", SHAPE), to_json(shape(marks["train"])))
         run.store.upload(scratch / QUARANTINE, run.key("validation", QUARANTINE))
@@ -96,8 +105,8 @@ def run(run: Run) -> dict[str, Any]:
         pages = {p.relative_to(docs).as_posix(): p for p in docs.rglob("*") if p.is_file()}
         run.store.upload_all({run.key("validation", "docs", name): path for name, path in pages.items()})
     if findings:
-        worst = "; ".join(finding.sentence for finding in sorted(findings, reverse=True)[:3])
-        raise DataError(f"the corpus is not fit for training: {worst}. See {run.uri}/validation/docs/index.html")
+        worst = "; ".join(finding.sentence for finding in findings[:3])
+        raise DataError(f"the corpus is not fit for training: {worst}. See {run.uri}/validation/index.html")
     usable = {split: whole["usable"] for split, whole in wholes.items()}
     return {
         "summary": f"valid: {sum(usable.values()):,} usable pairs, {aside:,} set aside",
@@ -306,9 +315,10 @@ def judge(
     results: dict[str, Any] = {}
     findings: list[Finding] = []
     for split, table in marks.items():
+        whole_name = f"{split} as a whole"
         for name, frame, expectations in (
             (f"{split}, pair by pair", table[["row", *COLUMNS]], suite_of_pairs(limits)),
-            (f"{split} as a whole", one_row(wholes[split]), suite_of_split(split, limits)),
+            (whole_name, one_row(wholes[split]), suite_of_split(split, limits)),
         ):
             suite = context.suites.add(gx.ExpectationSuite(name=name, expectations=expectations))
             batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("whole")
@@ -327,8 +337,50 @@ def judge(
             outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": frame})
             (found,) = outcome.run_results.values()
             results[name] = found.to_json_dict()
+            for result in results[name]["results"]:  # which the library does not report of values within the limits
+                if name == whole_name:
+                    result["result"]["observed"] = float(
+                        frame[result["expectation_config"]["kwargs"]["column"]].iloc[0]
+                    )
             findings += [finding(split, frame, result) for result in found.results if not result.success]
     return results, findings
+
+
+def render(run: str, dataset: str, suites: dict[str, dict[str, Any]], findings: list[Finding], quarantine: Path) -> str:
+    """The page that shows a person what was expected and found. Everything that came from data is escaped."""
+    aside = pd.read_parquet(quarantine)
+    reasons_of = aside["reasons"].str.split(", ")
+    examples = {}
+    for rule in RULES:
+        having = aside[[rule.column in names for names in reasons_of]]
+        if len(having):
+            pairs = having.sample(min(EXAMPLES, len(having)), random_state=0).to_dict("records")
+            examples[rule.column] = {"total": len(having), "pairs": pairs}
+    return TEMPLATES.get_template("validation.html.j2").render(
+        run=run,
+        dataset=dataset,
+        findings=[finding.sentence for finding in findings],
+        suites={name: [_in_words(found) for found in suite["results"]] for name, suite in suites.items()},
+        examples=examples,
+    )
+
+
+def _in_words(found: dict[str, Any]) -> dict[str, Any]:
+    """An expectation's result as a row of the page."""
+    expected, seen = found["expectation_config"], found["result"]
+    kwargs = expected["kwargs"]
+    if expected["type"] == "expect_column_values_to_be_null":
+        observed, limit = f"{seen['unexpected_count']:,} of {seen['element_count']:,}", f"{1 - kwargs['mostly']:.1%}"
+    else:
+        observed = f"{seen['observed']:,.6g}"
+        limit = f"≥ {kwargs['min_value']:,g}" if "min_value" in kwargs else f"≤ {kwargs['max_value']:g}"
+    return {
+        "column": kwargs["column"],
+        "reason": expected["notes"],
+        "observed": observed,
+        "limit": limit,
+        "success": found["success"],
+    }
 
 
 def one_row(whole: dict[str, Any]) -> pd.DataFrame:

@@ -310,6 +310,11 @@ def test_bad_pairs_are_set_aside_with_reasons_and_never_trained_on(
     assert table["row"].tolist() == [0, 1, 2, 3]
     assert table["reasons"].tolist() == ["blank", "markup, damaged", "identical", "leaked"]
     assert table["evidence"][1] == "markup: <b>; damaged: U+0007"
+    page = store.get("runs/r/validation/index.html").decode()
+    assert "The data is fit for training" in page
+    assert "&lt;b&gt;bold&lt;/b&gt; words here" in page
+    assert "<b>" not in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)  # needs no network
     assert table["source"][1:3].tolist() == ["<b>bold</b> words here", "Madrid"]
     rows = fetch_prepared(Run.at(f"s3://{store.bucket}/runs/r"), tmp_path).splits["train"]
     assert rows.num_rows == len(CLEAN["train"]) + 1
@@ -396,8 +401,8 @@ def test_a_corpus_that_is_not_fit_stops_the_run_and_says_why(
     assert sentence in reason.read_text()
     found = re.findall(r"(?:train|validation|test): (.*?) \(", reason.read_text())
     assert len(set(found)) == 1  # that, and no other
-    assert f"s3://{store.bucket}/runs/r/validation/docs/index.html" in reason.read_text()
-    for name in ("docs/index.html", "result.json", "quarantine.parquet"):
+    assert f"s3://{store.bucket}/runs/r/validation/index.html" in reason.read_text()
+    for name in ("index.html", "docs/index.html", "result.json", "quarantine.parquet"):
         assert store.exists(f"runs/r/validation/{name}")
     assert Run.at(f"s3://{store.bucket}/runs/r").find_result("validate") is None
 
