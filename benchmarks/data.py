@@ -187,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="a corpus in the layout of Helsinki-NLP/opus-100")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--steps", nargs="+", choices=MEASURED, default=list(MEASURED), help="after pull")
     parser.add_argument("--compare-up-to", type=int, default=100_000, help="leave the alternatives out beyond")
     parser.add_argument("--output", type=Path, help="where to write the numbers as JSON too")
     arguments = parser.parse_args()
@@ -197,7 +198,7 @@ def main() -> None:
         for rows in arguments.rows:
             corpus, files = Path(name) / f"{rows}", Path(name) / f"{rows}-files"
             enlarge(arguments.corpus, rows, corpus)
-            for step in MEASURED:
+            for step in dict.fromkeys(("pull", *arguments.steps)):
                 if "," in step and rows > arguments.compare_up_to:
                     continue
                 found = measure(step, corpus, files)
