@@ -348,7 +348,7 @@ def judge(
 
 def render(run: str, dataset: str, suites: dict[str, dict[str, Any]], findings: list[Finding], quarantine: Path) -> str:
     """The page that shows a person what was expected and found. Everything that came from data is escaped."""
-    aside = pd.read_parquet(quarantine)
+    aside = pd.read_parquet(quarantine).fillna("")
     reasons_of = aside["reasons"].str.split(", ")
     examples = {}
     for rule in RULES:
