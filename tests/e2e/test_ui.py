@@ -121,7 +121,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 def seed(store: Store) -> None:
     """A first version: the base model, made by a person with markup in every pocket."""
     about = {
-        "metrics": {"candidate": 50.0, "champion": EVIL},
+        "metrics": {"candidate": 50.0, "champion": 49.0},
         "lineage": {"inputs": "other", "settings": {"note": EVIL}},
     }
     base = ROOT / "examples" / "demo" / "base-model"
