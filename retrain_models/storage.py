@@ -34,6 +34,7 @@ from botocore.exceptions import (
     ReadTimeoutError,
     ResponseStreamingError,
 )
+from urllib3.exceptions import HTTPError
 
 from retrain_models.errors import (
     ConflictError,
@@ -53,7 +54,8 @@ CHUNK = 1 << 20  # bytes that are taken from a connection at once
 # What the store must allow for each of our actions.
 PERMISSIONS = {"read": "s3:GetObject", "look up": "s3:GetObject", "list": "s3:ListBucket", "write": "s3:PutObject"}
 PERMISSIONS |= {"delete": "s3:DeleteObject", "create": "s3:CreateBucket"}
-CUT_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
+# boto3 translates an answer that breaks off only where it is read as a stream: otherwise it is urllib3's error.
+CUT_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError, HTTPError)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Bucket:
             ) from error
         except (ParamValidationError, ProfileNotFound, ConfigParseError) as error:
             raise StoreRefusedError(f"cannot {action} {where}: {error}") from error
-        except BotoCoreError as error:
+        except (BotoCoreError, HTTPError) as error:
             raise StoreUnreachableError(
                 f"the object store at {self.endpoint or 'AWS'} could not {action} {where}: {error}"
             ) from error
@@ -147,7 +149,7 @@ class Bucket:
             return StoreRefusedError(
                 f"{refused}check the AWS credentials, and that they have {permission} for this prefix"
             )
-        if status >= 500 or status in {408, 429}:
+        if status >= 500 or status in {408, 429} or code == "NoSuchUpload":  # ended by an answer that was lost
             return StoreUnreachableError(f"the object store failed to {action} {where} ({code})")
         return StepError(f"the object store could not {action} {where}: {error}")
 
