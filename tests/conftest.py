@@ -13,9 +13,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -108,3 +112,45 @@ def airflow_database() -> None:
     from airflow.utils import db
 
     db.initdb()
+
+
+# The demo's tiny base model and a few pairs. TensorFlow is imported only by the tests that ask for one of these.
+
+BASE = ROOT / "examples" / "demo" / "base-model"
+PROMPT = "translate English to Spanish: "
+PAIRS = {
+    "My wife has a car.": "Mi esposa tiene un carro.",
+    "Where is the computer?": "¿Dónde está la computadora?",
+    "They did not drink the juice this morning because it was cold.": "No bebieron el jugo esta mañana.",
+    "Yes.": "Sí.",
+    "The potatoes cost 10 dollars.": "Las papas cuestan 10 dólares.",
+}
+
+
+@pytest.fixture(scope="session")
+def base() -> Path:
+    """The directory of a base model of a million parameters."""
+    return BASE
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base: Path) -> Any:
+    from tasks.tokenizer import load_tokenizer
+
+    return load_tokenizer(base)
+
+
+@pytest.fixture
+def model(base: Path) -> Any:
+    from tasks.model import load_model
+
+    return load_model(base)
+
+
+@pytest.fixture(scope="session")
+def rows(tokenizer: Any) -> Dataset:
+    """A few tokenised pairs of different lengths."""
+    from datasets import Dataset
+
+    encoded = {"input_ids": [PROMPT + source for source in PAIRS], "labels": list(PAIRS.values())}
+    return Dataset.from_dict({name: tokenizer(texts)["input_ids"] for name, texts in encoded.items()})
