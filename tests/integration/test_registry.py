@@ -405,7 +405,7 @@ def judged(
     candidate.mkdir()
     (candidate / "config.json").write_text(name)
     (candidate / "trained.bin").write_bytes(trained)
-    artifacts.publish(store, run.key("candidate"), candidate)
+    fingerprint = artifacts.publish(store, run.key("candidate"), candidate).fingerprint
     settings = {
         "name": model,
         "description": "d",
@@ -420,16 +420,21 @@ def judged(
     results: dict[str, dict[str, Any]] = {
         "pull": {"inputs": "i", "dataset": "d", "base_model": "b"},
         "train": {"candidate": run.key("candidate")},
-        "evaluate": {"bleu": {"candidate": 2.0, "champion": 1.0}, "champion": champion},
+        "evaluate": {
+            "bleu": {"candidate": 2.0, "champion": 1.0},
+            "validation_loss": {"candidate": 1.5},
+            "champion": champion,
+        },
         "gate": {
             "decision": decision,
             "champion_version": champion,
+            "candidate_fingerprint": fingerprint,
             "summary": f"{decision}: because",
             "checks": [check] if decision == "reject" else [],
         },
     }
     for step, result in results.items():
-        run.save_result(step, result)
+        run.save_result(step, {**result, "seconds": 1.0})
     return run
 
 

@@ -106,6 +106,7 @@ def test_an_expiry_that_died_is_done_by_the_next_writer(calls: int, store: Store
 
     for number in range(2):
         publish(store, tmp_path, str(number))
+    registry.require_conditional_writes(store, MODEL)  # whose own writes are not meant
     with pytest.raises(StoreUnreachableError):
         registry.expire(Dying(store.bucket), MODEL, "0", who="w", why="y")
     registry.move(store, MODEL, "1", expected=None, who="w", why="y")
