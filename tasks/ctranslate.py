@@ -25,6 +25,8 @@ from tasks.progress import Progress
 
 ACTIVATIONS = {"gelu_new": Activation.GELUTanh, "gelu": Activation.GELU, "relu": Activation.RELU}
 
+SPARE = "<spare>"  # begins the name of an embedding row that the tokenizer has no token for
+
 
 def load(directory: Path, tokenizer: Any) -> ctranslate2.Translator:
     """The T5 of a `from_pretrained` directory, in float32, on the GPU where there is one."""
@@ -47,7 +49,12 @@ def load(directory: Path, tokenizer: Any) -> ctranslate2.Translator:
 def token_names(tokenizer: Any, rows: int) -> list[str]:
     """A name for each row of the embedding, spare ones too: CTranslate2 reads and writes tokens, not ids."""
     names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    return [*names, *(f"<spare_{row}>" for row in range(len(names), rows))]
+    return [*names, *(f"{SPARE}{row}" for row in range(len(names), rows))]
+
+
+def row_of(token: str, tokenizer: Any) -> int:
+    """The row of the embedding that a token names."""
+    return int(token.removeprefix(SPARE)) if token.startswith(SPARE) else tokenizer.convert_tokens_to_ids(token)
 
 
 def specification(config: Any, weights: dict[str, np.ndarray]) -> TransformerSpec:
@@ -124,6 +131,6 @@ def generate(
                 max_input_length=0,
             )
             for row, answer in zip(rows, answers, strict=True):
-                outputs[row] = tokenizer.convert_tokens_to_ids(answer.hypotheses[0])
+                outputs[row] = [row_of(token, tokenizer) for token in answer.hypotheses[0]]
             progress.advance(len(rows))
     return outputs
