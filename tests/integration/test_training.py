@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -159,7 +159,8 @@ def test_too_little_disk_is_said_before_anything_is_computed(
     reason.touch()
     monkeypatch.setenv("RETRAIN_TERMINATION_LOG", str(reason))
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
+    full = SimpleNamespace(disk_usage=lambda path: usage(10**6, 10**6 - 1000, 1000))
+    monkeypatch.setattr("tasks.decoder_states.shutil", full)
     assert main(["train", "--run", run.uri]) == RetryableError.exit_code
     assert "the decoder states need" in reason.read_text()
     assert "set training.decoder_states to off" in reason.read_text()
