@@ -63,7 +63,8 @@ class Checkpoints:
             try:
                 self.store.delete(f"{prefix}/{artifacts.MANIFEST}")  # it could be a foreign one's
                 artifacts.publish(self.store, prefix, Path(name), about)
-                self._own.append(prefix)
+                # An epoch's last step may have been due by the clock as well: one checkpoint, not two.
+                self._own = [own for own in self._own if own != prefix] + [prefix]
                 self._delete_others()
                 log.info("checkpoint at step %s written in %.1f s", step, time.monotonic() - started)
             except StoreUnreachableError as error:

@@ -24,6 +24,7 @@ import yaml
 
 from tasks import artifacts
 from tasks.__main__ import main
+from tasks.checkpoints import Checkpoints
 from tasks.errors import RetryableError
 from tasks.run import Run
 from tasks.storage import Store
@@ -215,6 +216,15 @@ def test_sigterm_leaves_a_checkpoint_and_asks_for_another_try(undisturbed: Run, 
     assert process.exitcode == 0
     assert "going on from a checkpoint" in (tmp_path / "second").read_text()
     assert outcome(run) == outcome(undisturbed)
+
+
+def test_the_one_before_the_last_stays_though_the_last_is_written_twice(undisturbed: Run) -> None:
+    """As when the clock's turn falls on an epoch's end."""
+    kept = Checkpoints(undisturbed.store, "runs/twice/checkpoints", "this", minutes=1)
+    for step in (1, 2, 3, 3):
+        kept.save(step, {"weight": np.zeros(2, np.float32)}, {})
+    run = Run(undisturbed.store, "runs/twice")
+    assert [key.split("/")[-2] for key in checkpoints(run)] == ["00000002", "00000003"]
 
 
 @pytest.mark.parametrize("fault", ["no manifest", "damaged", "of other settings", "garbage"])
