@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -42,10 +44,14 @@ from tasks.storage import Store  # noqa: E402
 
 
 def free_port() -> int:
-    """A port that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind((object_store.HOST, 0))
-        return probe.getsockname()[1]
+    """A port that nobody uses at the moment, and whose neighbour (MinIO's web page) nobody uses either."""
+    # Below those that the system gives to connections: one of these would take it before its server does.
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, socket.socket() as neighbour, contextlib.suppress(OSError):
+            probe.bind((object_store.HOST, port))
+            neighbour.bind((object_store.HOST, port + 1))
+            return port
 
 
 @contextmanager
