@@ -86,7 +86,7 @@ def pull(corpus: Path, files: Path, scratch: Path) -> None:
 def validate(corpus: Path, files: Path, scratch: Path) -> None:
     """What `validate` does, but for the store."""
     from tasks import validate as step
-    from tasks.tokenizer import load_tokenizer
+    from tasks.data.tokenizer import load_tokenizer
 
     settings = settings_of(corpus)
     paths = {split: files / f"{split}.parquet" for split in SPLITS}
@@ -123,8 +123,8 @@ def validate_one_frame(corpus: Path, files: Path, scratch: Path) -> None:
 
 def preprocess(corpus: Path, files: Path, scratch: Path) -> None:
     """What `preprocess` does, but for the store."""
+    from tasks.data.tokenizer import load_tokenizer
     from tasks.preprocess import prepare
-    from tasks.tokenizer import load_tokenizer
 
     backend, settings = load_tokenizer(BASE).backend_tokenizer, settings_of(corpus).preprocessing
     for split in SPLITS:

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import matplotlib.pyplot as plt
 
 from tasks.evaluate import read_tables
-from tasks.metrics import SYSTEMS, TEST
-from tasks.plots import STYLE
+from tasks.judging.metrics import SYSTEMS, TEST
+from tasks.judging.scoring import bleu_from, bootstrap_gains, chance_of_gain
+from tasks.pages.plots import STYLE
 from tasks.run import Run
-from tasks.scoring import bleu_from, bootstrap_gains, chance_of_gain
 from tasks.settings import Gate
 
 DIFFERENCES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # true BLEU, candidate minus champion

@@ -98,8 +98,8 @@ def notebook(directory: Path, examples: int, epochs: int) -> dict[str, Any]:
     """As the notebook does it: pad to 128, `model.fit`."""
     from datasets import DatasetDict
 
-    from tasks.loss import loss_meter
     from tasks.model import load_model, tf
+    from tasks.training.loss import loss_meter
 
     rows = DatasetDict.load_from_disk(directory / "pairs")
     model = load_model(directory / "model")
@@ -125,15 +125,15 @@ def ours(directory: Path, examples: int, epochs: int, settings: dict[str, Any]) 
     """As the train step does it."""
     from datasets import DatasetDict
 
-    from tasks.decoder_states import Keep, with_states
-    from tasks.devices import Devices
-    from tasks.fit import Trainer
-    from tasks.freezing import freeze
-    from tasks.loss import loss_meter
     from tasks.model import load_model
-    from tasks.pairs import Pairs
     from tasks.settings import Training
     from tasks.storage import Store
+    from tasks.training.decoder_states import Keep, with_states
+    from tasks.training.devices import Devices
+    from tasks.training.fit import Trainer
+    from tasks.training.freezing import freeze
+    from tasks.training.loss import loss_meter
+    from tasks.training.pairs import Pairs
 
     training = Training(epochs=epochs, batch_size=BATCH, learning_rate=RATE, **settings)
     rows = DatasetDict.load_from_disk(directory / "pairs")

@@ -25,11 +25,11 @@ import pandas as pd
 import tensorflow as tf
 from transformers import T5Config
 
-from tasks import ctranslate
-from tasks.examine import agreement, spread
+from tasks.data.tokenizer import load_tokenizer
+from tasks.judging import ctranslate
+from tasks.judging.examine import agreement, spread
+from tasks.judging.translation import encode, generate, padded, until_end
 from tasks.model import length_batches, load_model, new_model, save_model
-from tasks.tokenizer import load_tokenizer
-from tasks.translation import encode, generate, padded, until_end
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "demo"

@@ -38,10 +38,10 @@ from datasets import Dataset, load_dataset
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import T5Config, T5TokenizerFast
 
-from tasks.loss import cross_entropy, loss_meter
+from tasks.judging.translation import translate
 from tasks.model import BATCH, Batch, label_states, make_batch, new_model, save_model
 from tasks.preprocess import encode
-from tasks.translation import translate
+from tasks.training.loss import cross_entropy, loss_meter
 
 log = logging.getLogger("make_base_model")
 

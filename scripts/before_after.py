@@ -11,9 +11,9 @@ import json
 import sys
 from pathlib import Path
 
+from tasks.data.tokenizer import load_tokenizer
+from tasks.judging.translation import translate
 from tasks.model import load_model
-from tasks.tokenizer import load_tokenizer
-from tasks.translation import translate
 
 SENTENCES = [  # of the demo's test split: no model was trained on them
     "My grandmother's laptop is broken.",

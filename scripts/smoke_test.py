@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 
 from tasks import registry
+from tasks.data.tokenizer import load_tokenizer
+from tasks.judging.translation import translate
 from tasks.model import load_model
 from tasks.storage import Store
-from tasks.tokenizer import load_tokenizer
-from tasks.translation import translate
 
 SENTENCES = ["The house is big.", "My sister didn't buy tomatoes this week.", "Where is the train station?"]
 

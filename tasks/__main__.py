@@ -297,7 +297,7 @@ MODEL_ACTIONS = {
 
 
 def _mirror(arguments: argparse.Namespace) -> None:
-    sources = importlib.import_module("tasks.sources")  # the hub's client takes a second to import
+    sources = importlib.import_module("tasks.data.sources")  # the hub's client takes a second to import
     manifest = sources.mirror(arguments.source, arguments.revision, arguments.kind, arguments.to)
     print(f"{len(manifest.files)} files, {manifest.size:,} bytes are in {arguments.to}: use it as a source")
 

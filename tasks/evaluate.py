@@ -4,7 +4,7 @@
     python -m tasks evaluate --run s3://retrain/runs/RUN_ID --recompute     # the numbers only: no model is needed
 
 Reads    runs/RUN_ID/candidate/, prepared/FINGERPRINT/, the production version (or else the base model)
-Writes   runs/RUN_ID/evaluation/translations.parquet   each test sentence: texts and BLEU statistics (tasks/metrics.py)
+Writes   runs/RUN_ID/evaluation/translations.parquet   each test sentence: texts and BLEU statistics
          runs/RUN_ID/evaluation/losses.parquet         each validation and test sentence: loss under both models
          runs/RUN_ID/evaluation/metrics.json           what the gate reads, made of these two
          evaluations/FINGERPRINT/...                   the champion's work, for the next run with the same test sets
@@ -25,16 +25,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tasks import artifacts, metrics, registry, testsets
+from tasks import artifacts, registry
+from tasks.data.prepared import Prepared, fetch_prepared
+from tasks.data.tokenizer import load_tokenizer
 from tasks.errors import DataError
-from tasks.examine import Work, examine
-from tasks.metrics import SYSTEMS, TEST
+from tasks.judging import metrics, testsets
+from tasks.judging.examine import Work, examine
+from tasks.judging.metrics import SYSTEMS, TEST
+from tasks.judging.scoring import bleu_statistics
 from tasks.model import extend_vocabulary, load_model, save_model
-from tasks.prepared import Prepared, fetch_prepared
 from tasks.run import Run
-from tasks.scoring import bleu_statistics
 from tasks.storage import MissingObjectError, to_json
-from tasks.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def work_of_champion(
 
 
 def side_by_side(pairs: pd.DataFrame, sets: pd.DataFrame, work: dict[str, Work]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Both models' work as the two tables that tasks/metrics.py reads."""
+    """Both models' work as the two tables that tasks/judging/metrics.py reads."""
     translations, losses = sets.copy(), pairs[["split"]].copy()
     for system in SYSTEMS:
         made = work[system]

@@ -24,17 +24,18 @@ from typing import Any
 
 import pandas as pd
 
-from tasks import artifacts, metrics
+from tasks import artifacts
+from tasks.data.tokenizer import load_tokenizer
 from tasks.errors import DataError
 from tasks.evaluate import read_tables
-from tasks.examine import AGREEMENT, agreement, spread
-from tasks.metrics import SYSTEMS, TEST
+from tasks.judging import metrics
+from tasks.judging.examine import AGREEMENT, agreement, spread
+from tasks.judging.metrics import SYSTEMS, TEST
+from tasks.judging.translation import translate
 from tasks.model import load_model
 from tasks.run import Run
 from tasks.settings import Gate, Settings
 from tasks.storage import MissingObjectError
-from tasks.tokenizer import load_tokenizer
-from tasks.translation import translate
 
 log = logging.getLogger(__name__)
 

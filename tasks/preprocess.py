@@ -5,7 +5,7 @@
 Reads    datasets/NAME/PAIR/FINGERPRINT/*.parquet, runs/RUN_ID/validation/quarantine.parquet, the base model's tokenizer
 Writes   prepared/FINGERPRINT/{train,validation,test}.arrow   source, target (text), input_ids, labels (unpadded)
          prepared/FINGERPRINT/tokenizer/                      the base model's tokenizer and the characters that it
-                                                              lacked (see `tasks.tokenizer`)
+                                                              lacked (see `tasks.data.tokenizer`)
          prepared/FINGERPRINT/manifest.json
 Result   the key, how many sequences were truncated, which characters were added
 
@@ -29,21 +29,26 @@ import pyarrow.parquet as pq
 import tokenizers
 
 from tasks import artifacts
-from tasks.parallel import in_order, processes_for
-from tasks.prepared import TOKENIZER
+from tasks.data.parallel import in_order, processes_for
+from tasks.data.prepared import TOKENIZER
+from tasks.data.text import normalise
+from tasks.data.tokenizer import extend, fetch_tokenizer, load_tokenizer
 from tasks.pull import DATASET_MANIFEST, SPLITS
 from tasks.run import Run
 from tasks.settings import Preprocessing
 from tasks.storage import MissingObjectError, to_json
-from tasks.text import normalise
-from tasks.tokenizer import extend, fetch_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 5_000
 IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema([("source", pa.string()), ("target", pa.string()), ("input_ids", IDS), ("labels", IDS)])
-CODE = ("preprocess.py", "prepared.py", "text.py", "tokenizer.py")  # what decides the output besides its inputs
+CODE = (
+    "preprocess.py",
+    "data/prepared.py",
+    "data/text.py",
+    "data/tokenizer.py",
+)  # what decides the output besides its inputs
 
 
 def run(run: Run) -> dict[str, Any]:

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from tasks import artifacts, registry, sources
+from tasks import artifacts, registry
+from tasks.data import sources
 from tasks.errors import DataError
 from tasks.run import Run
 from tasks.settings import Data, Settings

@@ -21,25 +21,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from tasks import plots, registry
+from tasks import registry
 from tasks.__main__ import STEPS
+from tasks.data.rules import RULES
 from tasks.errors import StepError
-from tasks.metrics import SYSTEMS, TEST
-from tasks.rules import RULES
+from tasks.judging.metrics import SYSTEMS, TEST
+from tasks.judging.scoring import chrf_of_total, chrf_statistics
+from tasks.pages import TEMPLATES, plots
 from tasks.run import Run
-from tasks.scoring import chrf_of_total, chrf_statistics
 from tasks.settings import Settings
 from tasks.storage import MissingObjectError, Store
 
 log = logging.getLogger(__name__)
 
 SHOWN = 20  # sentences on the page
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-)
 
 
 def run(run: Run) -> dict[str, Any]:

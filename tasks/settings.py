@@ -128,7 +128,7 @@ class Validation(Section):
 
     @property
     def drift_limits(self) -> dict[str, float | None]:
-        """The limit for each of `tasks.drift.MEASURES`."""
+        """The limit for each of `tasks.data.drift.MEASURES`."""
         return {
             "rows": self.max_row_change,
             "lengths": self.max_length_drift,

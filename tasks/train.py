@@ -5,9 +5,9 @@
 Reads    prepared/FINGERPRINT/, base-models/NAME/FINGERPRINT/; decoder-states/..., what earlier runs have computed
 Writes   runs/RUN_ID/candidate/     a from_pretrained directory that PyTorch and TensorFlow load; README.md, the model
                                     card; training.json (loss per epoch, parameters); loss.svg; manifest.json last
-         runs/RUN_ID/checkpoints/   see `tasks.checkpoints`
+         runs/RUN_ID/checkpoints/   see `tasks.training.checkpoints`
          runs/RUN_ID/tensorboard/   event files
-         decoder-states/...         see `tasks.decoder_states`
+         decoder-states/...         see `tasks.training.decoder_states`
 Result   the loss per epoch, the best one, and how far the weights moved
 
 Loss is cross-entropy per target token; padding is not counted. The candidate is the best epoch, not the last. Killed
@@ -31,24 +31,25 @@ import numpy as np
 import tensorflow as tf
 from safetensors import SafetensorError
 
-from tasks import artifacts, plots
-from tasks.checkpoints import Checkpoints
-from tasks.decoder_states import Keep, with_states
-from tasks.devices import Devices, resolve_precision
+from tasks import artifacts
+from tasks.data.prepared import Prepared, fetch_prepared
+from tasks.data.tokenizer import load_tokenizer
 from tasks.errors import RetryableError, SettingsError
-from tasks.events import Events
-from tasks.fit import Trainer, best_epoch
-from tasks.freezing import freeze, log_parameters, parameter_table
-from tasks.loss import loss_meter
 from tasks.model import extend_vocabulary, load_model, save_model
-from tasks.model_card import model_card
-from tasks.pairs import Pairs
-from tasks.prepared import Prepared, fetch_prepared
+from tasks.pages import plots
 from tasks.pull import DATASET_MANIFEST
 from tasks.run import Run
-from tasks.stopping import Stopping
 from tasks.storage import to_json
-from tasks.tokenizer import load_tokenizer
+from tasks.training.checkpoints import Checkpoints
+from tasks.training.decoder_states import Keep, with_states
+from tasks.training.devices import Devices, resolve_precision
+from tasks.training.events import Events
+from tasks.training.fit import Trainer, best_epoch
+from tasks.training.freezing import freeze, log_parameters, parameter_table
+from tasks.training.loss import loss_meter
+from tasks.training.model_card import model_card
+from tasks.training.pairs import Pairs
+from tasks.training.stopping import Stopping
 
 log = logging.getLogger(__name__)
 

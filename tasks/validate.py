@@ -35,26 +35,24 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from tasks import artifacts, drift, registry
+from tasks import artifacts, registry
+from tasks.data import drift
+from tasks.data.parallel import in_order, processes_for
+from tasks.data.rules import COLUMNS, RULES, Judged, Pair, mark, mark_repeated, pairs_of, reasons
+from tasks.data.text import normalise
+from tasks.data.tokenizer import Choice, choose, embedding_rows, extend, fetch_tokenizer, load_tokenizer
 from tasks.errors import DataError
-from tasks.parallel import in_order, processes_for
+from tasks.pages import TEMPLATES
 from tasks.pull import DATASET_MANIFEST, SCHEMA, SPLITS
-from tasks.rules import COLUMNS, RULES, Judged, Pair, mark, mark_repeated, pairs_of, reasons
 from tasks.run import Run
 from tasks.settings import Settings, Validation
 from tasks.storage import MissingObjectError, Store, to_json
-from tasks.text import normalise
-from tasks.tokenizer import Choice, choose, embedding_rows, extend, fetch_tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 10_000
 EXAMPLES = 8  # pairs on the page for each reason
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-)
 RESULT, QUARANTINE, SHAPE = "result.json", "quarantine.parquet", "shape.json"
 ASIDE = pa.schema(
     [
@@ -139,7 +137,7 @@ def batches(path: Path) -> Iterator[list[Pair]]:
 
 
 def mark_splits(files: dict[str, Path], settings: Settings, processes: int | None = None) -> dict[str, pd.DataFrame]:
-    """The marks of every split: which rules each pair breaks, and the evidence (see `tasks.rules.mark`)."""
+    """The marks of every split: which rules each pair breaks, and the evidence (see `tasks.data.rules.mark`)."""
     marks: dict[str, pd.DataFrame] = {}
     judged: dict[str, list[Pair]] = {}
     for split in reversed(SPLITS):  # test first: what it holds may stand in neither of the others

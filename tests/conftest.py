@@ -141,7 +141,7 @@ def base() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(base: Path) -> Any:
-    from tasks.tokenizer import load_tokenizer
+    from tasks.data.tokenizer import load_tokenizer
 
     return load_tokenizer(base)
 

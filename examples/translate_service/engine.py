@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tasks.data.tokenizer import load_tokenizer
 from tasks.model import load_model
-from tasks.tokenizer import load_tokenizer
 
 Translate = Callable[[list[str]], list[str]]
 

@@ -13,8 +13,8 @@ import pytest
 import tasks
 from tasks import artifacts, registry
 from tasks.__main__ import STEPS, main
+from tasks.data.sources import bring
 from tasks.errors import DataError, SettingsError
-from tasks.sources import bring
 from tasks.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,14 +21,14 @@ from conftest import bucket_of
 from scripts.object_store import Server
 from tasks import artifacts, registry
 from tasks.__main__ import main
+from tasks.data.prepared import fetch_prepared
+from tasks.data.tokenizer import load_tokenizer
 from tasks.errors import RetryableError
-from tasks.prepared import fetch_prepared
 from tasks.preprocess import prepare
 from tasks.pull import DATASET_MANIFEST
 from tasks.run import Run
 from tasks.settings import Preprocessing, load
 from tasks.storage import Store
-from tasks.tokenizer import load_tokenizer
 from tasks.validate import mark_splits
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,15 +18,16 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from tasks import artifacts, metrics, registry
+from tasks import artifacts, registry
 from tasks.__main__ import main
+from tasks.data.prepared import fetch_prepared
+from tasks.data.tokenizer import load_tokenizer
 from tasks.evaluate import read_tables
 from tasks.gate import check_all
+from tasks.judging import metrics
 from tasks.model import load_model, save_model
-from tasks.prepared import fetch_prepared
 from tasks.run import Run
 from tasks.storage import Store
-from tasks.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"data.max_train_rows": 2500, "data.max_eval_rows": 300, "training.epochs": 3}

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tasks.freezing import freeze
+from tasks.data.tokenizer import load_tokenizer
 from tasks.model import extend_vocabulary, load_model, save_model
 from tasks.settings import Training
-from tasks.tokenizer import load_tokenizer
+from tasks.training.freezing import freeze
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "examples" / "demo" / "base-model"

@@ -9,8 +9,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tasks import artifacts, sources
+from tasks import artifacts
 from tasks.__main__ import main
+from tasks.data import sources
 from tasks.errors import DataError, RetryableError, SettingsError
 from tasks.storage import Store
 

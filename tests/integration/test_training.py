@@ -24,10 +24,10 @@ import yaml
 
 from tasks import artifacts
 from tasks.__main__ import main
-from tasks.checkpoints import Checkpoints
 from tasks.errors import RetryableError
 from tasks.run import Run
 from tasks.storage import Store
+from tasks.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -161,7 +161,7 @@ def test_too_little_disk_is_said_before_anything_is_computed(
     monkeypatch.setenv("RETRAIN_TERMINATION_LOG", str(reason))
     usage = namedtuple("usage", "total used free")
     full = SimpleNamespace(disk_usage=lambda path: usage(10**6, 10**6 - 1000, 1000))
-    monkeypatch.setattr("tasks.decoder_states.shutil", full)
+    monkeypatch.setattr("tasks.training.decoder_states.shutil", full)
     assert main(["train", "--run", run.uri]) == RetryableError.exit_code
     assert "the decoder states need" in reason.read_text()
     assert "set training.decoder_states to off" in reason.read_text()

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks import drift
-from tasks.drift import MEASURES, Profile
+from tasks.data import drift
+from tasks.data.drift import MEASURES, Profile
 
 SOURCE = ["the children", "my old friends", "our neighbours", "some people from the village", "both of your sisters"]
 TARGET = ["los niños", "mis viejos amigos", "nuestros vecinos", "algunas personas del pueblo", "tus dos hermanas"]

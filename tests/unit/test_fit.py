@@ -16,15 +16,15 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.devices import Devices, resolve_precision
 from tasks.errors import DataError
-from tasks.fit import Trainer, ahead, best_epoch, set_dropout
-from tasks.freezing import freeze
-from tasks.loss import loss_meter
 from tasks.model import load_model
-from tasks.pairs import Pairs, Ragged
 from tasks.settings import Training, load
 from tasks.train import transfer_distance
+from tasks.training.devices import Devices, resolve_precision
+from tasks.training.fit import Trainer, ahead, best_epoch, set_dropout
+from tasks.training.freezing import freeze
+from tasks.training.loss import loss_meter
+from tasks.training.pairs import Pairs, Ragged
 
 ROOT = Path(__file__).resolve().parents[2]
 

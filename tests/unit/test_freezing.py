@@ -12,14 +12,14 @@ import tensorflow as tf
 from datasets import Dataset
 from transformers import T5Config
 
-from tasks.devices import Devices
 from tasks.errors import DataError, SettingsError
-from tasks.fit import Trainer
-from tasks.freezing import freeze, parameter_table
-from tasks.loss import loss_meter
 from tasks.model import label_states, load_model, make_batch, new_model, save_model
-from tasks.pairs import Pairs
 from tasks.settings import Training
+from tasks.training.devices import Devices
+from tasks.training.fit import Trainer
+from tasks.training.freezing import freeze, parameter_table
+from tasks.training.loss import loss_meter
+from tasks.training.pairs import Pairs
 
 FLAN_T5_BASE = {
     "vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12,

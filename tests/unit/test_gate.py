@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import metrics
 from tasks.gate import Check, check_all, differences
+from tasks.judging import metrics
 from tasks.settings import Settings, load
 
 DEMO = load(Path(__file__).resolve().parents[2] / "config" / "demo.yaml").model_dump()

@@ -11,9 +11,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import loss
-from tasks.loss import cross_entropy, cross_entropy_value, loss_meter
 from tasks.model import NO_TARGET, label_states, make_batch
+from tasks.training import loss
+from tasks.training.loss import cross_entropy, cross_entropy_value, loss_meter
 
 WIDTH, VOCABULARY = 5, 11
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from tasks.data.tokenizer import load_tokenizer
 from tasks.errors import DataError
 from tasks.model import (
     NO_TARGET,
@@ -27,7 +28,6 @@ from tasks.model import (
     pair_batches,
     save_model,
 )
-from tasks.tokenizer import load_tokenizer
 
 
 def logits(model: Any, rows: Dataset) -> np.ndarray:

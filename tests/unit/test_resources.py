@@ -10,10 +10,10 @@ import pytest
 import tensorflow as tf
 from safetensors import SafetensorError
 
-from tasks.checkpoints import Checkpoints
 from tasks.errors import RetryableError, SettingsError
 from tasks.storage import Store
 from tasks.train import resources
+from tasks.training.checkpoints import Checkpoints
 
 
 @pytest.mark.parametrize("error", [MemoryError(), tf.errors.ResourceExhaustedError(None, None, "OOM when allocating")])

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tasks.data.rules import COLUMNS, FATAL, Judged, another_language, mark, mark_repeated, pairs_of, reasons
 from tasks.pull import SPLITS
-from tasks.rules import COLUMNS, FATAL, Judged, another_language, mark, mark_repeated, pairs_of, reasons
 from tasks.settings import Validation
 
 Side = str | None

@@ -8,7 +8,7 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.scoring import (
+from tasks.judging.scoring import (
     STATISTICS,
     bleu_from,
     bleu_statistics,

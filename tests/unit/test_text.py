@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.text import fold, normalise
+from tasks.data.text import fold, normalise
 
 
 @pytest.mark.parametrize(

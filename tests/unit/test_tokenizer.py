@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import T5TokenizerFast
 
-from tasks.tokenizer import EXTENSION, Choice, choose, extend, lacks, load_tokenizer
+from tasks.data.tokenizer import EXTENSION, Choice, choose, extend, lacks, load_tokenizer
 
 # What a T5 made for English, French and German may know, and what a Spanish corpus holds beside it.
 KNOWN = string.ascii_letters + string.digits + ".,;:?!'\"()-éóáèàâçüöäß"

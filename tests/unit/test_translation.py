@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tasks import ctranslate
-from tasks.examine import agreement, sentence_losses, spread
+from tasks.data.tokenizer import load_tokenizer
+from tasks.judging import ctranslate
+from tasks.judging.examine import agreement, sentence_losses, spread
+from tasks.judging.translation import decode, encode, generate, translate
 from tasks.model import load_model
-from tasks.tokenizer import load_tokenizer
-from tasks.translation import decode, encode, generate, translate
 
 BASE = Path(__file__).resolve().parents[2] / "examples" / "demo" / "base-model"
 PROMPT = "translate English to Spanish: "

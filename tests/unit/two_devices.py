@@ -7,12 +7,12 @@ from pathlib import Path
 import tensorflow as tf
 from datasets import Dataset
 
-from tasks.devices import Devices
-from tasks.fit import Trainer
-from tasks.freezing import freeze
 from tasks.model import load_model
-from tasks.pairs import Pairs
 from tasks.settings import Training
+from tasks.training.devices import Devices
+from tasks.training.fit import Trainer
+from tasks.training.freezing import freeze
+from tasks.training.pairs import Pairs
 
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)

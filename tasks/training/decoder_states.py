@@ -27,12 +27,12 @@ import numpy as np
 import tensorflow as tf
 
 from tasks import artifacts
-from tasks.devices import Devices
 from tasks.errors import DataError, RetryableError
 from tasks.model import NO_TARGET, label_states
-from tasks.pairs import Pairs, Ragged
 from tasks.progress import Progress
 from tasks.storage import Store, to_json
+from tasks.training.devices import Devices
+from tasks.training.pairs import Pairs, Ragged
 
 log = logging.getLogger(__name__)
 

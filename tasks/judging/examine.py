@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from tasks import ctranslate
+from tasks.data.tokenizer import load_tokenizer
+from tasks.judging import ctranslate
+from tasks.judging.translation import decode, encode, generate, padded
 from tasks.model import length_batches, load_model
 from tasks.progress import Progress
 from tasks.settings import Settings
-from tasks.tokenizer import load_tokenizer
-from tasks.translation import decode, encode, generate, padded
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from tasks.model import BATCH, NO_TARGET, Batch, label_states
-from tasks.pairs import Pairs
+from tasks.training.pairs import Pairs
 
 CHUNK = 2048  # positions whose logits exist at once: a quarter of a gigabyte for T5's vocabulary
 

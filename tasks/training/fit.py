@@ -13,16 +13,16 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow as tf
 
-from tasks.checkpoints import Checkpoints
-from tasks.devices import Devices
 from tasks.errors import DataError
-from tasks.events import Events
-from tasks.freezing import Learning
-from tasks.loss import cross_entropy, cross_entropy_value
-from tasks.pairs import Pairs
 from tasks.progress import Progress
 from tasks.settings import Training
-from tasks.stopping import Stopping
+from tasks.training.checkpoints import Checkpoints
+from tasks.training.devices import Devices
+from tasks.training.events import Events
+from tasks.training.freezing import Learning
+from tasks.training.loss import cross_entropy, cross_entropy_value
+from tasks.training.pairs import Pairs
+from tasks.training.stopping import Stopping
 
 log = logging.getLogger(__name__)
 

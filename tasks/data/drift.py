@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import ks_2samp
 
-from tasks.rules import likeliest_language
-from tasks.text import normalise
+from tasks.data.rules import likeliest_language
+from tasks.data.text import normalise
 
 SAMPLE = 20_000  # pairs, spread over the split
 SIDES = ("source", "target")

@@ -1,7 +1,7 @@
 """Prepared data, as the steps after `preprocess` read it.
 
 prepared/FINGERPRINT/{train,validation,test}/    Arrow: source, target (text), input_ids, labels (unpadded)
-prepared/FINGERPRINT/tokenizer/                  the run's tokenizer, with extension.json (see `tasks.tokenizer`)
+prepared/FINGERPRINT/tokenizer/                  the run's tokenizer, with extension.json (see `tasks.data.tokenizer`)
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from tasks import artifacts
+from tasks.data.tokenizer import EXTENSION
 from tasks.pull import SPLITS
 from tasks.run import Run
-from tasks.tokenizer import EXTENSION
 
 TOKENIZER = "tokenizer"
 

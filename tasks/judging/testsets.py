@@ -13,7 +13,7 @@ import pyarrow as pa
 from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from tasks import sources
+from tasks.data import sources
 from tasks.errors import DataError, SettingsError
 from tasks.settings import Data
 from tasks.storage import MissingObjectError, split_uri

@@ -1,0 +1,1 @@
+"""How models are judged: their translations, by either engine, and the scores of those."""
