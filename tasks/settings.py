@@ -60,7 +60,9 @@ class Data(Section):
         None, description="Hub only: the commit to pull. Pinned, so that a run can be repeated"
     )
     pair: str = Field("en-es", pattern=r"^[a-z]{2,3}-[a-z]{2,3}$", description="Languages as SOURCE-TARGET")
-    licence: str = Field("unknown", min_length=1, description="The corpus's licence, for the model card")
+    licence: str = Field(
+        "unknown", min_length=1, description="The corpus's licence, for the model card", json_schema_extra=EXPERT
+    )
     max_train_rows: int | None = Field(None, ge=1, description="Use at most this many training pairs")
     max_eval_rows: int | None = Field(None, ge=1, description="Use at most this many validation, and test, pairs")
 
@@ -83,7 +85,9 @@ class BaseModelSource(Section):
     revision: str | None = Field(
         None, description="Hub only: the commit to pull. Pinned, so that a run can be repeated"
     )
-    licence: str = Field("unknown", min_length=1, description="The model's licence, for the model card")
+    licence: str = Field(
+        "unknown", min_length=1, description="The model's licence, for the model card", json_schema_extra=EXPERT
+    )
 
     @property
     def name(self) -> str:

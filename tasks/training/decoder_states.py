@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ import numpy as np
 import tensorflow as tf
 
 from tasks import artifacts
-from tasks.errors import DataError, RetryableError
+from tasks.errors import DataError, RetryableError, SettingsError
 from tasks.model import NO_TARGET, label_states
 from tasks.progress import Progress
 from tasks.storage import Store, to_json
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1  # raised when the same pair gives other states
 SHARD_TARGETS = 2**17  # in a shard, about: 200 MB for FLAN-T5 base
+DISK_LIMIT = "RETRAIN_DISK_LIMIT"  # bytes; what the pod may use, from k8s/pods/gpu.yaml; 0: no limit
 FIXED_STEP = 512  # with XLA the positions of a batch are filled up to a multiple of this
 STORED_AS = {"float32": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 ENTRY = np.dtype([("key", "V16"), ("targets", "<i8")])
@@ -99,8 +102,9 @@ def with_states(
 ) -> dict[str, StatePairs]:
     """The splits with their decoder states: from the store where it has them, else computed; as files in `directory`.
 
-    `like` gives for each token that extends the vocabulary the one whose vectors it has. Raises `RetryableError` when
-    there is not the disk for all, before any is computed; `DataError` when a state does not fit in 16 bits.
+    `like` gives for each token that extends the vocabulary the one whose vectors it has. Raises `RetryableError` or
+    `SettingsError` when there is not the disk for all, before any is computed; `DataError` when a state does not fit
+    in 16 bits.
     """
     directory.mkdir()
     keys = {split: pair_keys(pairs, like or {}, model.config.vocab_size) for split, pairs in splits.items()}
@@ -197,13 +201,22 @@ def find_stored(keep: Keep, wanted: set[bytes], directory: Path) -> dict[str, se
 
 
 def refuse_without_space(directory: Path, targets: dict[bytes, int], missing: set[bytes], size: int) -> None:
-    """Say how much disk the states need, `size` bytes a target, and raise `RetryableError` when there is less."""
+    """Say how much disk the states need, `size` bytes a target.
+
+    Raises `RetryableError` when there is less, `SettingsError` when the step may not have as much (a pod is evicted
+    for it, however much the node has).
+    """
     total, new = size * sum(targets.values()), size * sum(targets[key] for key in missing)
     log.info(
         "decoder states: %s for %s pairs; %s of it for %s pairs that are computed now, the rest is in the store",
         readable(total), f"{len(targets):,}", readable(new), f"{len(missing):,}",
     )  # fmt: skip
-    free = shutil.disk_usage(directory).free
+    free, allowed = shutil.disk_usage(directory).free, int(os.environ.get(DISK_LIMIT) or 0) or sys.maxsize
+    if total > 0.95 * allowed:
+        raise SettingsError(
+            f"the decoder states need {readable(total)}, and the step may use {readable(allowed)} of disk: raise "
+            f"ephemeral-storage and the size of the volume in the pod template, or set training.decoder_states to off"
+        )
     if total > 0.95 * free:
         raise RetryableError(
             f"the decoder states need {readable(total)} in {directory}, where {readable(free)} are free: give the step "
@@ -270,20 +283,17 @@ def write_shard(
     folder = directory / hashlib.sha256(entries.tobytes()).hexdigest()[:32]
     folder.mkdir()
     np.save(folder / "pairs.npy", entries)
-    file = np.lib.format.open_memmap(
-        folder / "states.npy", "w+", dtype=np.uint16, shape=(int(entries["targets"].sum()), width)
-    )
-    at = 0
-    for batch in batches:
-        for piece in trunk(pairs, batch):
-            values = piece.astype(dtype)
-            if not np.isfinite(values.astype(np.float32)).all():
-                raise DataError(
-                    f"the base model's decoder states do not fit in {dtype}: set training.precision to bfloat16, or "
-                    f"training.decoder_states to off"
-                )
-            file[at : at + len(values)] = values.view(np.uint16)
-            at += len(values)
-        progress.advance(len(batch))
-    file.flush()
+    about = {"descr": "<u2", "fortran_order": False, "shape": (int(entries["targets"].sum()), width)}
+    with (folder / "states.npy").open("wb") as file:  # not memory-mapped: on a full disk that ends in SIGBUS
+        np.lib.format.write_array_header_1_0(file, about)
+        for batch in batches:
+            for piece in trunk(pairs, batch):
+                values = piece.astype(dtype)
+                if not np.isfinite(values.astype(np.float32)).all():
+                    raise DataError(
+                        f"the base model's decoder states do not fit in {dtype}: set training.precision to bfloat16, "
+                        f"or training.decoder_states to off"
+                    )
+                file.write(values.view(np.uint16).tobytes())
+            progress.advance(len(batch))
     return folder

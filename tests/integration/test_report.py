@@ -88,7 +88,7 @@ def judged(run: Run, decision: str) -> None:
     }
     run.store.put_json(run.key("validation", "shape.json"), histogram)
     run.save_result("preprocess", {"summary": "tokenised", "seconds": 1.0})
-    run.save_result("train", {"summary": "trained", "seconds": 1.0, "epochs": EPOCHS})
+    run.save_result("train", {"summary": "trained", "seconds": 1.0, "epochs": EPOCHS, "weight_change": 0.125})
     system = {
         "bleu": METRIC, "chrf": METRIC, "validation_loss": 1.0, "test_loss": None, "length_ratio": 1.0, "empty": 0.0,
         "copied": 0.0, "repeating": 0.0, "unknown": 0.0,
@@ -152,6 +152,7 @@ def test_a_promotion_shows_where_the_two_differ(run: Run) -> None:
     html = page(run)
     assert ">Promoted</h1>" in html
     assert "demo v1 is in production" in html
+    assert "The trained weights moved by 0.1250 of their length" in html
     assert "<mark>uno &lt;script&gt;" in html
     assert "<mark>dos &amp;amp; 3</mark>" in html
 
@@ -185,7 +186,7 @@ def test_a_price_gives_the_cost_of_each_step(run: Run) -> None:
     run.store.put_json(run.key("config.json"), content)
     run = Run.at(run.uri)
     pulled(run, changed=True)
-    run.save_result("train", {**run.result("configure"), "seconds": 100.0, "gpus": 1, "epochs": EPOCHS})
+    run.save_result("train", {**run.result("configure"), "seconds": 100.0, "gpus": 1, "epochs": EPOCHS, "weight_change": 0.125})
     run.save_result("pull", {**run.result("pull"), "seconds": 1000.0, "gpus": 0})
     html = page(run)
     assert '<td class="number">1 min 40 s, GPU</td>' in html

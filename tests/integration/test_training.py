@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,18 +22,22 @@ import pytest
 import tensorflow as tf
 import train_process
 import yaml
+from conftest import bucket_of, free_port, running_store
 
 from tasks import artifacts
 from tasks.__main__ import main
-from tasks.errors import RetryableError
+from tasks.errors import RetryableError, SettingsError
 from tasks.run import Run
 from tasks.storage import Store
 from tasks.training.checkpoints import Checkpoints
+from tasks.training.fit import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "data.max_train_rows": 1200,
     "data.max_eval_rows": 120,
+    "data.licence": "CC-BY-2.0",
+    "base_model.licence": "MIT",
     "training.epochs": 3,
     "training.batch_size": 32,
     "training.checkpoint_minutes": 0.001,
@@ -93,12 +98,14 @@ def test_the_candidate_is_a_directory_to_load_with_its_story(undisturbed: Run, t
     assert "extension.json" not in names
     _, front_matter, card = (tmp_path / "candidate" / "README.md").read_text().split("---\n", 2)
     about = yaml.safe_load(front_matter)
-    assert (about["language"], about["base_model"]) == (["en", "es"], "examples/demo/base-model")
     result = undisturbed.result("train")
+    assert (about["language"], about["base_model"]) == (["en", "es"], "examples/demo/base-model")
     for row in result["epochs"]:
         assert f"| {row['epoch']} | " in card
         assert f"{row['validation_loss']:.4f}" in card
     assert "{{" not in card
+    assert "Base model: MIT. Data: CC-BY-2.0." in card
+    assert f"moved by {result['weight_change']:.4f} of their length" in card
     assert "translate English to Spanish: " in card
 
 
@@ -152,20 +159,64 @@ def test_states_from_the_store_change_nothing(how: str, undisturbed: Run, begin:
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.fixture
+def reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where the step leaves its last sentence."""
+    path = tmp_path / "reason"
+    path.touch()
+    monkeypatch.setenv("RETRAIN_TERMINATION_LOG", str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def short(begin: Begin) -> Run:
+    """A run whose training lacks something."""
+    return begin("short", training__decoder_states="run")
+
+
 def test_too_little_disk_is_said_before_anything_is_computed(
-    begin: Begin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    short: Run, monkeypatch: pytest.MonkeyPatch, reason: Path
 ) -> None:
-    run = begin("disk", training__decoder_states="run")
-    reason = tmp_path / "reason"
-    reason.touch()
-    monkeypatch.setenv("RETRAIN_TERMINATION_LOG", str(reason))
     usage = namedtuple("usage", "total used free")
     full = SimpleNamespace(disk_usage=lambda path: usage(10**6, 10**6 - 1000, 1000))
     monkeypatch.setattr("tasks.training.decoder_states.shutil", full)
-    assert main(["train", "--run", run.uri]) == RetryableError.exit_code
-    assert "the decoder states need" in reason.read_text()
-    assert "set training.decoder_states to off" in reason.read_text()
-    assert not run.store.exists(run.key("candidate", "manifest.json"))
+    assert main(["train", "--run", short.uri]) == RetryableError.exit_code
+    assert re.search(r"decoder states need [\d.]+ MB in .*, where 1 KB are free: .*_states to off", reason.read_text())
+    assert not short.store.exists(short.key("candidate", "manifest.json"))
+
+
+def test_more_disk_than_the_pod_may_use_is_refused_though_the_node_has_it(
+    short: Run, monkeypatch: pytest.MonkeyPatch, reason: Path
+) -> None:
+    monkeypatch.setenv("RETRAIN_DISK_LIMIT", "1000")
+    assert main(["train", "--run", short.uri]) == SettingsError.exit_code
+    assert re.search(r"decoder states need [\d.]+ MB, and the step may use 1 KB of disk: raise", reason.read_text())
+
+
+def test_too_little_memory_is_said(short: Run, monkeypatch: pytest.MonkeyPatch, reason: Path) -> None:
+    monkeypatch.setattr(Trainer, "fit", lambda *_: tf.zeros([2**45]))  # more than any machine has
+    assert main(["train", "--run", short.uri]) == SettingsError.exit_code
+    assert "training needed more memory than there is: lower training.batch_size" in reason.read_text()
+    assert not short.store.exists(short.key("candidate", "manifest.json"))
+
+
+def test_a_disk_that_fills_up_is_said_and_leaves_nothing_to_believe(
+    short: Run, undisturbed: Run, tmp_path: Path, reason: Path
+) -> None:
+    """A real one, on which the base model fits, but not the candidate beside it."""
+    mount = 'mount -t tmpfs -o size=8m t "$TMPDIR" && exec "$@"'
+    on_small_disk = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+    (disk := tmp_path / "disk").mkdir()
+    environment = {**os.environ, "TMPDIR": str(disk)}
+    if subprocess.run([*on_small_disk, "true"], env=environment, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    command = [*on_small_disk, sys.executable, "-m", "tasks", "train", "--run", short.uri]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == RetryableError.exit_code, ended.stderr[-3000:]
+    assert f"the disk of {disk} is full: give the step more disk" in reason.read_text()
+    assert not short.store.exists(short.key("candidate", "manifest.json"))
+    assert main(["train", "--run", short.uri]) == 0
+    assert outcome(short) == outcome(undisturbed)
 
 
 # Nothing is lost
@@ -225,6 +276,24 @@ def test_the_one_before_the_last_stays_though_the_last_is_written_twice(undistur
         kept.save(step, {"weight": np.zeros(2, np.float32)}, {})
     run = Run(undisturbed.store, "runs/twice")
     assert [key.split("/")[-2] for key in checkpoints(run)] == ["00000002", "00000003"]
+
+
+def test_training_goes_on_while_the_store_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    arrays = {"weight": np.arange(3, dtype=np.float32)}
+    with running_store("ministack", tmp_path) as server, bucket_of(server) as store:
+        kept = Checkpoints(store, "checkpoints", "this", minutes=1)
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+        away = Checkpoints(Store(store.bucket), "checkpoints", "this", minutes=1)
+        away.save(1, arrays, {"step": 1})
+        assert "no checkpoint could be written; training goes on without" in caplog.text
+        assert not away.is_due()  # it is not tried again at every step
+        kept.save(2, arrays, {"step": 2})
+        found = kept.latest({"weight": (3,)})
+    assert found is not None
+    assert found[1] == {"step": 2}
 
 
 @pytest.mark.parametrize("fault", ["no manifest", "damaged", "of other settings", "garbage"])

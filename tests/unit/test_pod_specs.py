@@ -93,13 +93,21 @@ def test_no_pod_holds_a_secret(step: str, operators: dict[str, PodStep]) -> None
     pod = rendered(operators[step])
     (container,) = pod["spec"]["containers"]
     assert container["envFrom"] == [{"secretRef": {"name": "retrain-store"}}]
-    assert {variable["name"] for variable in container["env"]} == {"HOME", "RETRAIN_ATTEMPT"}
+    assert {variable["name"] for variable in container["env"]} - {"RETRAIN_DISK_LIMIT"} == {"HOME", "RETRAIN_ATTEMPT"}
     assert "the-key-of-the-store" not in json.dumps(pod)
 
 
 def test_only_training_and_evaluation_ask_for_a_gpu(operators: dict[str, PodStep]) -> None:
     limits = {step: rendered(each)["spec"]["containers"][0]["resources"]["limits"] for step, each in operators.items()}
     assert [step for step in STEPS if "nvidia.com/gpu" in limits[step]] == ["train", "evaluate"]
+
+
+def test_training_knows_how_much_disk_its_pod_may_use(operators: dict[str, PodStep]) -> None:
+    pod = rendered(operators["train"])
+    (container,) = pod["spec"]["containers"]
+    (source,) = (each["valueFrom"] for each in container["env"] if each["name"] == "RETRAIN_DISK_LIMIT")
+    assert source == {"resourceFieldRef": {"resource": "limits.ephemeral-storage"}}
+    assert container["resources"]["limits"]["ephemeral-storage"] == pod["spec"]["volumes"][0]["emptyDir"]["sizeLimit"]
 
 
 def test_how_tasks_wait_for_their_pods(operators: dict[str, PodStep]) -> None:

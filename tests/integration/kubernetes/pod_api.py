@@ -96,7 +96,8 @@ class Pod:
                 self._container({"waiting": {"reason": "CreateContainerConfigError", "message": message}})
                 return
             environment |= self.cluster.secrets[secret]
-        environment |= {each["name"]: each["value"] for each in self.container.get("env", [])}
+        # `valueFrom` gives the limits; what a limit that is not set reads as here, the node's size, is none.
+        environment |= {each["name"]: each.get("value", "0") for each in self.container.get("env", [])}
         self._run(environment)
 
     def _run(self, environment: dict[str, str]) -> None:
