@@ -30,7 +30,7 @@ from tasks.errors import DataError
 from tasks.evaluate import read_tables
 from tasks.judging import metrics
 from tasks.judging.examine import AGREEMENT, agreement, spread
-from tasks.judging.metrics import SYSTEMS, TEST
+from tasks.judging.metrics import SYSTEMS, TEST, difference
 from tasks.judging.translation import translate
 from tasks.model import load_model
 from tasks.run import Run
@@ -384,11 +384,6 @@ def _compare(
     verdict = verdicts[0] if passed else verdicts[1]
     said = sentence.format(observed=observed, required=limit, verdict=verdict)
     return Check(name, observed, required, passed, said)
-
-
-def difference(candidate: float | None, champion: float | None) -> float | None:
-    """How far the candidate is above the champion, where both are known."""
-    return None if candidate is None or champion is None else candidate - champion
 
 
 def relative_difference(value: float | None, expected: float | None) -> float | None:

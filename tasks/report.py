@@ -7,7 +7,7 @@ Writes   runs/RUN_ID/report.html     self-contained: no network, light and dark,
          models/NAME/trend.html      the same for every version: BLEU, loss, size, training time
 Result   where they are
 
-They are written for every run, also for one that stopped or failed: then with what is known.
+They are written for every run, also for one that stopped or failed, and for what older code left: with what is known.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,11 @@ from tasks import registry
 from tasks.__main__ import STEPS
 from tasks.data.rules import RULES
 from tasks.errors import StepError
-from tasks.judging.metrics import SYSTEMS, TEST
+from tasks.judging.metrics import SYSTEMS, TEST, difference
 from tasks.judging.scoring import chrf_of_total, chrf_statistics
-from tasks.pages import TEMPLATES, plots
+from tasks.pages import TOLERANT, plots
 from tasks.run import Run
-from tasks.settings import Settings
-from tasks.storage import MissingObjectError, Store
+from tasks.storage import Store
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,9 @@ def run(run: Run) -> dict[str, Any]:
     """Write both pages."""
     key = run.key("report.html")
     run.store.put(key, render(run).encode())
-    trend_key = f"models/{run.settings.name}/trend.html"
-    if trend := render_trend(run.store, run.settings.name):
+    model = run.config["settings"]["name"]
+    trend_key = f"models/{model}/trend.html"
+    if trend := render_trend(run.store, model):
         run.store.put(trend_key, trend.encode())
     return {"summary": f"s3://{run.store.bucket}/{key}", "report": key, "trend": trend_key if trend else None}
 
@@ -55,22 +56,24 @@ def render(run: Run) -> str:
     found = {step: run.find_failure(step) for step in steps if not steps[step]}
     failures = {step: failure for step, failure in found.items() if failure}
     metrics = evaluation(run) if steps["evaluate"] else None
-    return TEMPLATES.get_template("report.html.j2").render(
+    parts = parts_of(metrics) if metrics else {}
+    gains = bounds(metrics, parts) if metrics else {}
+    return TOLERANT.get_template("report.html.j2").render(
         run=run,
         config=run.config,
         settings=yaml.safe_dump(run.config["settings"], sort_keys=False, allow_unicode=True),
         steps=steps,
         failures=failures,
-        seconds=sum(result["seconds"] for result in steps.values() if result),
+        seconds=sum(result.get("seconds", 0) for result in steps.values() if result),
         costs=costs(run, steps),
-        duration=duration,
-        outcome=outcome(steps, failures, run.settings),
+        outcome=outcome(steps, failures, run.config["settings"]),
         gate=steps["gate"],
         metrics=metrics,
         rules=RULES,
         data_plots=data_plots(run, steps["validate"]),
-        loss_plot=Markup(plots.loss_curve(steps["train"]["epochs"])) if steps["train"] else None,  # noqa: S704
-        gain_plot=Markup(plots.gain_intervals(gains(metrics))) if metrics else None,  # noqa: S704
+        loss_plot=drawn(plots.loss_curve, (steps["train"] or {}).get("epochs")),
+        gain_plot=drawn(plots.gain_intervals, gains) if gains else None,
+        parts=parts,
         compared=compared(run) if metrics else None,
         lineage=lineage(run, steps),
     )
@@ -86,7 +89,7 @@ def evaluation(run: Run) -> dict[str, Any] | None:
 
 
 def outcome(
-    steps: dict[str, dict[str, Any] | None], failures: dict[str, dict[str, Any]], settings: Settings
+    steps: dict[str, dict[str, Any] | None], failures: dict[str, dict[str, Any]], settings: dict[str, Any]
 ) -> tuple[str, list[str]]:
     """The run in one word and a few sentences."""
     pulled, gate = steps["pull"], steps["gate"]
@@ -101,9 +104,9 @@ def outcome(
         refusals = steps["reject"]["reasons"]
     if refusals:
         return "rejected", ["Production stays where it was.", *refusals]
-    if gate and settings.approval == "human":
+    if gate and settings.get("approval") == "human":
         return "waiting", ["Every check of the gate holds; a person has to approve the candidate."]
-    if pulled and not pulled["changed"]:
+    if pulled and not pulled.get("changed", True):
         return "unchanged", ["Data, base model and settings are those that production was trained with."]
     missing = next(step for step in STEPS if not steps.get(step) and step != "reject")
     return "incomplete", [f"The run has no result of the {missing} step; the steps before it are shown below."]
@@ -111,11 +114,11 @@ def outcome(
 
 def costs(run: Run, steps: dict[str, dict[str, Any] | None]) -> dict[str, float]:
     """What each step cost, where the settings say what an hour costs."""
-    prices = run.settings.costs
+    prices = run.config["settings"].get("costs", {})
     cost = {}
     for step, result in steps.items():
-        hour = None if not result else prices.gpu_hour if result.get("gpus") else prices.cpu_hour
-        if result and hour is not None:
+        hour = prices.get("gpu_hour" if result and result.get("gpus") else "cpu_hour")
+        if result and "seconds" in result and hour is not None:
             cost[step] = result["seconds"] / 3600 * hour
     return cost
 
@@ -134,62 +137,80 @@ def lineage(run: Run, steps: dict[str, dict[str, Any] | None]) -> dict[str, Any]
         "candidate (SHA-256)": evaluated.get("candidate_fingerprint"),
         "version": (steps["promote"] or {}).get("version"),
         "test split (SHA-256)": evaluated.get("test_fingerprint"),
-        "code": run.config["code_version"],
+        "code": run.config.get("code_version"),
         "image": run.config.get("image"),
-        **run.config["libraries"],
+        **run.config.get("libraries", {}),
     }
 
 
 def data_plots(run: Run, validated: dict[str, Any] | None) -> dict[str, Markup]:
     """What the training pairs are like, by caption; of validation that failed there is the shape alone."""
-    plots_by_caption: dict[str, str] = {}
     try:
         shape = run.store.get_json(run.key("validation", "shape.json"))
-    except MissingObjectError:
+    except StepError as error:
+        log.warning("the report is without plots of the data: %s", error)
         return {}
-    lengths = {side: shape[side] for side in ("source", "target")}
-    plots_by_caption["Length of the usable training sentences"] = plots.histogram(
-        shape["length_edges"], lengths, "characters"
-    )
-    plots_by_caption["How much longer or shorter the translations are"] = plots.histogram(
-        shape["ratio_edges"], {"pairs": shape["ratios"]}, "target length / source length"
-    )
     found = {name: count for name, count in (validated or {}).get("quarantined", {}).items() if count}
-    if found:
-        plots_by_caption["Pairs with a fault, by rule"] = plots.count_bars(found, "pairs")
-    return {caption: Markup(svg) for caption, svg in plots_by_caption.items()}  # noqa: S704
+    lengths, ratios = (shape.get(edges) for edges in ("length_edges", "ratio_edges"))
+    sides = {side: shape.get(side) for side in ("source", "target")}
+    wanted = {
+        "Length of the usable training sentences": drawn(plots.histogram, lengths, sides, "characters"),
+        "How much longer or shorter the translations are": drawn(
+            plots.histogram, ratios, {"pairs": shape.get("ratios")}, "target length / source length"
+        ),
+        "Pairs with a fault, by rule": drawn(plots.count_bars, found, "pairs") if found else None,
+    }
+    return {caption: plot for caption, plot in wanted.items() if plot}
+
+
+def drawn(plot: Callable[..., str], *figures: Any) -> Markup | None:
+    """A plot for the page; None where figures that it shows are missing."""
+    try:
+        return Markup(plot(*figures))  # noqa: S704
+    except (KeyError, TypeError, ValueError) as error:
+        plots.plt.close()  # what was begun
+        log.warning("the report is without a plot (%s): %r", plot.__name__, error)
+        return None
 
 
 def with_revision(source: dict[str, Any]) -> str:
     """Where something was pulled from, with its commit."""
-    return f"{source['source']} at {source['revision']}" if source["revision"] else source["source"]
+    return f"{source['source']} at {source['revision']}" if source.get("revision") else source["source"]
 
 
-def duration(seconds: float) -> str:
-    """A time that people can read."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
-
-
-def gains(metrics: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """What the plot shows: the BLEU gained, over everything and on each part and extra set, with its bounds."""
-    extra = {f"extra: {name}": part["gain"]["bleu"] for name, part in metrics["extra"].items()}
+def parts_of(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """BLEU of both systems and its change on each part of the test split, and on each extra test set."""
     parts = {
-        name: {**part, "observed": part["candidate"] - part["champion"]} for name, part in metrics["slices"].items()
+        name: {**part, "observed": difference(part.get("candidate"), part.get("champion"))}
+        for name, part in metrics.get("slices", {}).items()
     }
-    found = {"all sentences": metrics["gain"]["bleu"], **parts, **extra}
-    return {name: (gain["observed"], gain["low"], gain["high"]) for name, gain in found.items()}
+    for name, extra in metrics.get("extra", {}).items():
+        scores = {system: extra.get(system, {}).get("bleu", {}).get("score") for system in SYSTEMS}
+        gain = extra.get("gain", {}).get("bleu", {})
+        parts[f"of the extra set {name}"] = {"sentences": extra.get("sentences"), **scores, **gain}
+    return parts
 
 
-def compared(run: Run) -> dict[str, Any]:
-    """On how many test sentences the candidate does better and worse, and those on which the two differ most."""
+def bounds(metrics: dict[str, Any], parts: dict[str, dict[str, Any]]) -> dict[str, tuple[float, float, float]]:
+    """What the plot shows: the BLEU gained, over everything and on each part, with its bounds, where all are known."""
+    gains = {"all sentences": metrics.get("gain", {}).get("bleu", {}), **parts}
+    found = {name: tuple(gain.get(bound) for bound in ("observed", "low", "high")) for name, gain in gains.items()}
+    return {name: gain for name, gain in found.items() if None not in gain}
+
+
+def compared(run: Run) -> dict[str, Any] | None:
+    """On how many test sentences the candidate does better and worse, and those on which the two differ most.
+
+    None where the translations cannot be read.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "translations.parquet"
-        run.store.download(run.key("evaluation", "translations.parquet"), path)
-        table = pd.read_parquet(path, columns=["set", "source", "reference", *SYSTEMS])
+        try:
+            run.store.download(run.key("evaluation", "translations.parquet"), path)
+            table = pd.read_parquet(path, columns=["set", "source", "reference", *SYSTEMS])
+        except (StepError, ValueError, OSError) as error:
+            log.warning("the report is without translations: %s", error)
+            return None
     table = table[table["set"] == TEST]
     scores = {
         system: np.array([chrf_of_total(row) for row in chrf_statistics(table[system], table["reference"])])
@@ -218,38 +239,38 @@ def compared(run: Run) -> dict[str, Any]:
 
 def render_trend(store: Store, model: str) -> str | None:
     """The page of every version, or None where there is none."""
-    rows = []
-    for version in registry.versions(store, model):
-        manifest = registry.manifest(store, model, version)
-        about = manifest.metadata
-        bleu = about["metrics"]
-        rows.append(
-            {
-                "version": version,
-                "run": about["run"],
-                "bleu": bleu["candidate"],
-                "gain": bleu["candidate"] - bleu["champion"],
-                "loss": about.get("validation_loss"),
-                "size": manifest.size,
-                "seconds": about.get("seconds", {}).get("train"),
-            }
-        )
+    rows = [version_row(store, model, version) for version in registry.versions(store, model)]
     if not rows:
         return None
     pointer = registry.read_pointer(store, model)
+    minutes = [None if row["seconds"] is None else row["seconds"] / 60 for row in rows]
     shown = {
         "BLEU on the test split": [row["bleu"] for row in rows],
         "Validation loss per target token": [row["loss"] for row in rows],
-        "Size in MB": [row["size"] / 1e6 for row in rows],
-        "Training time in minutes": [None if row["seconds"] is None else row["seconds"] / 60 for row in rows],
+        "Size in MB": [row["megabytes"] for row in rows],
+        "Training time in minutes": minutes,
     }
-    return TEMPLATES.get_template("trend.html.j2").render(
+    return TOLERANT.get_template("trend.html.j2").render(
         model=model,
         rows=rows,
         production=pointer.version if pointer else None,
-        plots={caption: Markup(plots.trend(values)) for caption, values in shown.items()},  # noqa: S704
-        duration=duration,
+        plots={caption: drawn(plots.trend, values) for caption, values in shown.items()},
     )
+
+
+def version_row(store: Store, model: str, version: str) -> dict[str, Any]:
+    """What the page says of a version; None for what its manifest lacks."""
+    manifest = registry.manifest(store, model, version)
+    about, bleu = manifest.metadata, manifest.metadata.get("metrics", {})
+    return {
+        "version": version,
+        "run": about.get("run"),
+        "bleu": bleu.get("candidate"),
+        "gain": difference(bleu.get("candidate"), bleu.get("champion")),
+        "loss": about.get("validation_loss"),
+        "megabytes": manifest.size / 1e6,
+        "seconds": about.get("seconds", {}).get("train"),
+    }
 
 
 def mark_words(text: str, other: str) -> Markup:

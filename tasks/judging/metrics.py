@@ -203,3 +203,8 @@ def signatures() -> dict[str, str]:
 def finite(value: float) -> float | None:
     """A number that JSON can hold, or None."""
     return float(value) if math.isfinite(value) else None
+
+
+def difference(candidate: float | None, champion: float | None) -> float | None:
+    """How far the candidate is above the champion, where both are known."""
+    return None if candidate is None or champion is None else candidate - champion

@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pandas as pd
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tasks import registry, report, settings
 from tasks.errors import DataError
@@ -26,6 +29,11 @@ GAIN = {"observed": 1.0, "low": -0.5, "high": 2.5}
 
 @pytest.fixture
 def run(store: Store) -> Run:
+    """A run in each kind of store."""
+    return configured(store)
+
+
+def configured(store: Store) -> Run:
     """A run that has been configured, with markup wherever a person could put some."""
     content = yaml.safe_load((Path(__file__).resolve().parents[2] / "config" / "demo.yaml").read_text())
     content["description"] = content["preprocessing"]["prompt"] = EVIL
@@ -180,6 +188,52 @@ def test_metrics_that_cannot_be_read_do_not_keep_the_rest_from_being_reported(ru
     assert "Candidate against champion" not in html
 
 
+OLD_METRICS = {
+    "champion_version": None,
+    "sentences": 400,
+    "candidate": {"bleu": {"score": 21.5}, "validation_loss": 1.25},
+    "champion": {"bleu": {"score": 20.0}},
+    "gain": {"bleu": {"low": 0.5}},
+    "slices": {"short": {"candidate": 5.0}, "long": {"candidate": 7.0, "champion": 6.0}},
+}
+
+
+def test_what_older_code_left_is_reported_and_what_it_lacks_reads_as_a_dash(run: Run, caplog: Any) -> None:
+    judged(run, "reject")
+    run.store.put_json(run.key("evaluation", "metrics.json"), OLD_METRICS)
+    run.store.put(run.key("evaluation", "translations.parquet"), pd.DataFrame({"source": ["Hello"]}).to_parquet())
+    run.store.put_json(run.key("validation", "shape.json"), {"source": [1]})
+    run.save_result("validate", {"summary": "valid", "rows": {"train": 9}})
+    run.save_result("train", {"summary": "trained", "seconds": 1.0, "epochs": [{"epoch": 1, "loss": 1.0}]})
+    html = page(Run.at(run.uri))
+    assert "21.50" in html
+    assert '<td class="number">5.00</td><td class="number">– <span' in html  # of the slice without a champion
+    assert '<td class="number">7.00</td><td class="number">+1.00 <span' in html
+    assert '<td>train</td><td class="number">9</td><td class="number">–</td>' in html
+    assert html.count("<svg") == 0
+    assert "without translations" in caplog.text
+
+
+@given(st.data())
+@hypothesis.settings(max_examples=6, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+def test_no_figure_is_needed_for_the_page_to_be_written(bucket: Store, data: st.DataObject) -> None:
+    run = configured(bucket)
+    judged(run, "reject")
+
+    def without_some(tree: Any, keep: frozenset[str] = frozenset()) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        left_out = data.draw(st.sets(st.sampled_from(sorted(tree)), max_size=5)) if tree else set()
+        return {name: without_some(value) for name, value in tree.items() if name in keep or name not in left_out}
+
+    always = frozenset({"summary", "decision", "checks"})  # every version of the code has written these
+    for step in ("pull", "validate", "preprocess", "train", "evaluate", "gate"):
+        run.store.put_json(run.key("results", f"{step}.json"), without_some(run.result(step), always))
+    for name in (("evaluation", "metrics.json"), ("validation", "shape.json")):
+        run.store.put_json(run.key(*name), without_some(run.store.get_json(run.key(*name))))
+    assert "BLEU is too low." in page(Run.at(run.uri))
+
+
 def test_a_price_gives_the_cost_of_each_step(run: Run) -> None:
     content = run.store.get_json(run.key("config.json"))
     content["settings"]["costs"] = {"cpu_hour": 1.8, "gpu_hour": 36.0}
@@ -199,7 +253,7 @@ def test_every_version_is_on_the_trend_page(run: Run, tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / "config.json").write_text(str(number))
         about: dict[str, Any] = {"run": EVIL, "metrics": {"candidate": 20.0 + number, "champion": 20.0}}
-        about |= {"validation_loss": 1.5, "seconds": {"train": 90.0}} if number == 2 else {}
+        about = {} if number == 1 else about | {"validation_loss": 1.5, "seconds": {"train": 90.0}}
         registry.publish(run.store, "demo", f"2026-11-0{number}-aaaa", tmp_path, about)
     registry.move(run.store, "demo", "2026-11-02-aaaa", expected=None, who="x", why="y")
     page(run)
@@ -207,4 +261,6 @@ def test_every_version_is_on_the_trend_page(run: Run, tmp_path: Path) -> None:
     assert "<script" not in html
     assert html.index("2026-11-01-aaaa") < html.index("2026-11-02-aaaa") < html.index(">production<")
     assert "1 min 30 s" in html
+    assert "22.00" in html
+    assert html.count(">–</td>") == 4  # the first version is of older code, which left no figures
     assert html.count("<svg") == 4
