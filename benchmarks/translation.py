@@ -11,6 +11,7 @@ model shows what a run gains. One sentence at a time is measured on some of the 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -57,7 +58,8 @@ def main() -> None:
         if arguments.model is None:
             tf.keras.utils.set_random_seed(0)
             save_model(new_model(T5Config(**FLAN_T5_SMALL)), tokenizer, directory)
-        model, translator = load_model(directory), ctranslate.load(directory, tokenizer)
+        model = load_model(directory)
+        translators = {precision: ctranslate.load(directory, tokenizer, precision) for precision in ("float32", "int8")}
 
     test = pd.concat(map(pd.read_parquet, sorted(arguments.corpus.rglob("test*.parquet"))))
     texts = [pair["en"] for pair in test["translation"].head(arguments.sentences)]
@@ -84,7 +86,12 @@ def main() -> None:
         "sorted batches, eager": lambda: eager(sources, arguments.batch_size),
         "evaluate, one graph": lambda: generate(model, sources, xla=False, **search),
         "evaluate, XLA": lambda: generate(model, sources, xla=True, **search),
-        "CTranslate2, float32": lambda: ctranslate.generate(translator, tokenizer, sources, beams=1, **search),
+        **{
+            f"CTranslate2, {precision}": functools.partial(
+                ctranslate.generate, translator, tokenizer, sources, beams=1, **search
+            )
+            for precision, translator in translators.items()
+        },
     }
     started = time.monotonic()
     alone = eager([sources[i] for i in few], 1)

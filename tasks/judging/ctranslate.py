@@ -28,8 +28,8 @@ ACTIVATIONS = {"gelu_new": Activation.GELUTanh, "gelu": Activation.GELU, "relu":
 SPARE = "<spare>"  # begins the name of an embedding row that the tokenizer has no token for
 
 
-def load(directory: Path, tokenizer: Any) -> ctranslate2.Translator:
-    """The T5 of a `from_pretrained` directory, in float32, on the GPU where there is one."""
+def load(directory: Path, tokenizer: Any, compute_type: str = "float32") -> ctranslate2.Translator:
+    """The T5 of a `from_pretrained` directory, on the GPU where there is one."""
     config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
     weights = {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
     spec = specification(config, weights)
@@ -43,7 +43,7 @@ def load(directory: Path, tokenizer: Any) -> ctranslate2.Translator:
     device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
     with tempfile.TemporaryDirectory() as converted:
         spec.save(converted)
-        return ctranslate2.Translator(converted, device=device, compute_type="float32")
+        return ctranslate2.Translator(converted, device=device, compute_type=compute_type)
 
 
 def token_names(tokenizer: Any, rows: int) -> list[str]:
