@@ -240,12 +240,15 @@ def test_a_price_gives_the_cost_of_each_step(run: Run) -> None:
     run.store.put_json(run.key("config.json"), content)
     run = Run.at(run.uri)
     pulled(run, changed=True)
-    run.save_result("train", {**run.result("configure"), "seconds": 100.0, "gpus": 1, "epochs": EPOCHS, "weight_change": 0.125})
+    run.save_result(
+        "train", {**run.result("configure"), "seconds": 100.0, "gpus": 1, "epochs": EPOCHS, "weight_change": 0.125}
+    )
     run.save_result("pull", {**run.result("pull"), "seconds": 1000.0, "gpus": 0})
     html = page(run)
     assert '<td class="number">1 min 40 s, GPU</td>' in html
     assert '<td class="number">1.00</td>' in html
     assert '<td class="number">0.50</td>' in html
+    assert "moved by 0.1250 of their length" in html
 
 
 def test_every_version_is_on_the_trend_page(run: Run, tmp_path: Path) -> None:
