@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
 from plugins import metrics
@@ -87,17 +89,11 @@ class Collector(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def test_figures_arrive_at_a_collector() -> None:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
-    server.received = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+def emit_with(**variables: str) -> None:
+    """Send the figures of `evaluate` from a process of its own, whose Airflow has these in its environment."""
     program = f"""
 import os
-os.environ.update(
-    AIRFLOW__METRICS__OTEL_ON="True",
-    OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:{server.server_port}",
-    OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
-)
+os.environ.update({variables!r})
 from airflow.sdk.observability import stats
 from airflow.observability.metrics.stats_utils import get_stats_factory
 stats.initialize(factory=get_stats_factory(), export_legacy_names=False)  # as Airflow does for every task
@@ -105,7 +101,35 @@ from plugins import metrics
 metrics.emit("evaluate", {RESULTS["evaluate"]!r}, dag_id="retrain_demo")
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
+
+
+def test_figures_arrive_at_a_collector() -> None:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    server.received = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    emit_with(
+        AIRFLOW__METRICS__OTEL_ON="True",
+        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+        OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
+    )
     server.shutdown()
     server.server_close()
     tags = {"dag_id": "retrain_demo", "system": "candidate"}
     assert ("airflow.retrain.bleu", 31.5, tags) in server.received
+
+
+def test_figures_arrive_at_statsd_with_their_tags() -> None:
+    """Without tags the BLEU of candidate and champion, and of every pipeline, would be one figure."""
+    pytest.importorskip("statsd", reason="statsd is not installed: `make setup lint` installs requirements-dev.txt")
+    values = yaml.safe_load((ROOT / "k8s" / "airflow-values.yaml").read_text())["config"]["metrics"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.settimeout(10)
+        emit_with(
+            AIRFLOW__METRICS__STATSD_ON="True",
+            AIRFLOW__METRICS__STATSD_PORT=str(listener.getsockname()[1]),
+            **{f"AIRFLOW__METRICS__{name.upper()}": value for name, value in values.items()},
+        )
+        sent = {listener.recv(1000).decode() for _ in metrics.figures("evaluate", RESULTS["evaluate"])}
+    assert "airflow.retrain.bleu,dag_id=retrain_demo,system=candidate:31.5|g" in sent
+    assert "airflow.retrain.bleu,dag_id=retrain_demo,system=champion:30.0|g" in sent
