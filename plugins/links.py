@@ -52,11 +52,10 @@ class PodLink(BaseOperatorLink):
         """What the button says."""
         return "Pod"
 
-    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey | None = None) -> str:
         """The pod's address, or nothing when no pod has been made."""
-        pod = getattr(operator, "pod", None)
-        address = os.environ.get("RETRAIN_POD_URL", "")
-        return address.format(namespace=pod.metadata.namespace, pod=pod.metadata.name) if pod and address else ""
+        place = operator.place  # type: ignore[attr-defined]
+        return os.environ["RETRAIN_POD_URL"].format(namespace=place[0], pod=place[1]) if place else ""
 
 
 def page_url(path: str, *, absolute: bool = False) -> str:

@@ -32,6 +32,7 @@ from kubernetes.client import models as k8s
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
+from plugins.links import PodLink
 from plugins.pipelines import ROOT
 from plugins.retrain_operator import report_result, step_arguments
 from tasks.errors import NEVER_RETRY, SettingsError
@@ -85,6 +86,7 @@ class PodStep(KubernetesPodOperator):
         self.step = step
         self.run_uri = run_uri
         self.pipeline_file = pipeline_file
+        self.place: tuple[str, str] | None = None  # the pod's namespace and name, once there is one
         self._last_look: k8s.V1Pod | None = None  # at the pod, before it was deleted
         self._gone = False
 
@@ -94,6 +96,15 @@ class PodStep(KubernetesPodOperator):
             self.arguments = step_arguments(self.step, self.run_uri, self.pipeline_file, context)
             self.env_vars = {"RETRAIN_ATTEMPT": attempt_of(context)}
         return super().build_pod_request_obj(context, dry_run=dry_run)
+
+    def get_or_create_pod(self, pod_request_obj: k8s.V1Pod, context: Context) -> k8s.V1Pod:
+        """The pod, made or found again. Its link is shown from now on: Airflow itself waits until the pod is gone."""
+        pod = super().get_or_create_pod(pod_request_obj, context)
+        self.place = (pod.metadata.namespace, pod.metadata.name)
+        for link in self.operator_extra_links:
+            if isinstance(link, PodLink):
+                context["ti"].xcom_push(key=link.xcom_key, value=link.get_link(self))
+        return pod
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the pod; returns the step's result. In deferrable mode the task goes on in `trigger_reentry`."""
@@ -110,6 +121,7 @@ class PodStep(KubernetesPodOperator):
     def trigger_reentry(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
         """Go on after the pod has ended in deferrable mode."""
         attempt = event["attempt"]
+        self.place = (event["namespace"], event["name"])
         self.trigger_kwargs = {"attempt": attempt}
         return self._conclude(context, attempt, lambda: super(PodStep, self).trigger_reentry(context, event))
 

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 from airflow.models.dagrun import DagRun
+from airflow.models.xcom import XComModel
+from airflow.utils.session import create_session
 from clusters import Cluster, Runner, role
+from sqlalchemy import select
 
+from plugins.links import PodLink
 from tasks import registry
 
 pytest_plugins = ["clusters"]
@@ -176,6 +180,32 @@ def test_a_result_from_before_does_not_count(
     )
     assert state == "failed"
     assert "StepFailedError: configure: its pod is gone" in said()
+
+
+@both
+def test_the_link_to_the_pod_is_there_while_it_runs(
+    deferrable: bool, runner: Runner, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETRAIN_POD_URL", "https://dashboard.example/{namespace}/pods/{pod}")
+    meanwhile = []
+
+    def look_then_delete() -> None:
+        name = cluster.wait_until_running()
+        wait_for(links)
+        meanwhile.append((name, links()))
+        cluster.delete(name, grace=0)
+
+    runner.step("train", run=f"linked-{deferrable}", deferrable=deferrable, cmds=SLEEP, meanwhile=look_then_delete)
+    ((name, shown),) = meanwhile
+    assert shown == links() == [f"https://dashboard.example/{cluster.namespace}/pods/{name}"]
+
+
+def links() -> list[str]:
+    """The address behind the button *Pod* of the last run, once there is one."""
+    with create_session() as session:
+        last = select(DagRun.run_id).order_by(DagRun.id.desc()).limit(1).scalar_subquery()
+        wanted = select(XComModel.value).where(XComModel.key == PodLink().xcom_key, XComModel.run_id == last)
+        return list(session.scalars(wanted))
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
