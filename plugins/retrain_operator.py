@@ -18,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,8 @@ class LocalStep(BaseOperator):
 class RollBack(LocalStep):
     """Points production at another version, for the person who triggered the DAG; always a process of this worker.
 
+    Not if somebody else has moved production since: a run that waited, or is cleared long after, would undo that.
+
     :param model: the model's name
     :param version: the version that production shall be (templated)
     :param why: the reason, for the history (templated)
@@ -187,10 +190,17 @@ class RollBack(LocalStep):
         from tasks import registry  # noqa: PLC0415  (brings boto3)
         from tasks.storage import Store  # noqa: PLC0415
 
+        store = Store(bucket())
+        asked = context["dag_run"].run_after
+        moves = [event for event in registry.history(store, self.model) if event.alias == registry.PRODUCTION]
+        if moves and datetime.fromisoformat(moves[-1].time) > asked and moves[-1].version != self.version:
+            raise AirflowFailException(
+                f"rollback: production of {self.model} has moved to {moves[-1].version} since this was asked for: "
+                f"look again, and trigger a new run if it is still wanted"
+            )
         who = getattr(context["dag_run"], "triggering_user_name", None) or getpass.getuser()
         arguments = ["models", "rollback", self.model, "--bucket", bucket(), f"--version={self.version}"]
         self.run_program([*arguments, f"--why={self.why}", f"--who={who}"])
-        store = Store(bucket())
         pointer = registry.read_pointer(store, self.model)
         event = asdict(registry.read_event(store, self.model, pointer.event)) if pointer else {}
         for asset in self.outlets:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plugins.pipelines import run_id
-from plugins.retrain_operator import LocalStep, changed_settings, report_result, step_arguments, step_environment
+from plugins.retrain_operator import (
+    LocalStep,
+    RollBack,
+    changed_settings,
+    report_result,
+    step_arguments,
+    step_environment,
+)
+from tasks import registry
 from tasks.errors import DataError
 from tasks.run import Run
 from tasks.storage import Store
@@ -271,3 +280,38 @@ def test_a_result_that_is_not_there_is_an_error(store: Store) -> None:
         report_result(operator, context())
     Run.at(operator.run_uri).save_result("train", {"summary": "done"})
     assert report_result(operator, context()) == {"summary": "done"}
+
+
+# Rolling back, with real processes
+
+
+@pytest.fixture
+def versions(store: Store, tmp_path: Path) -> Store:
+    """A model with the versions 1, 2 and 3, of which the last is in production."""
+    (tmp_path / "weights").write_text("w")
+    for number, before in ("1", None), ("2", "1"), ("3", "2"):
+        registry.publish(store, "demo", number, tmp_path, {})
+        registry.move(store, "demo", number, expected=before, who="a run", why="better")
+    return store
+
+
+def roll_back(version: str, asked: datetime) -> dict[str, Any]:
+    operator = RollBack(task_id="rollback", model="demo", version=version, why="it insults customers")
+    return operator.execute({**context(), "dag_run": SimpleNamespace(run_after=asked, triggering_user_name="ana")})
+
+
+def test_rolling_back_moves_production_once_however_often_it_is_run(versions: Store) -> None:
+    asked = datetime.now(UTC)
+    event = roll_back("1", asked)
+    assert (event["number"], event["version"], event["who"], event["why"]) == (4, "1", "ana", "it insults customers")
+    assert roll_back("1", asked) == event
+    assert len(registry.history(versions, "demo")) == 4
+
+
+def test_rolling_back_that_is_cleared_does_not_undo_what_came_after(versions: Store) -> None:
+    asked = datetime.now(UTC)
+    roll_back("1", asked)
+    registry.move(versions, "demo", "3", expected="1", who="a run", why="better")
+    with pytest.raises(AirflowFailException, match="production of demo has moved to 3 since this was asked for"):
+        roll_back("1", asked)
+    assert registry.resolve(versions, "demo", registry.PRODUCTION) == "3"
