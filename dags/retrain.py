@@ -13,6 +13,7 @@ decides between promote and reject what the gate would promote:
 from __future__ import annotations
 
 import ast
+import logging
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
@@ -30,6 +31,8 @@ from plugins.links import page_url
 from plugins.pipelines import ROOT, bucket, dag_id, model_asset, read_pipelines, run_id
 from plugins.retrain_operator import RollBack, step_operator
 from tasks.settings import Settings, form_fields
+
+log = logging.getLogger(__name__)
 
 RUN_URI = f"s3://{bucket()}/runs/{{{{ retrain_run_id(run_id) }}}}"
 ONE_WAY = "none_failed_min_one_success"  # of the ways that lead to a task, those not taken are skipped
@@ -139,15 +142,20 @@ def retrain_dag(file: Path, settings: Settings) -> DAG:
             task_id="unchanged",
             task_display_name="Nothing has changed",
             on_success_callback=Alert(settings, alerts.unchanged),
+            doc_md="Data, base model and settings are those that production was trained with: there is nothing to do.",
         )
         let_through = "approval" if settings.approval == "human" else "promote"
 
         @task.branch(task_id="changed", task_display_name="Changed since production?")
         def changed(found: dict[str, Any]) -> str:
+            """Goes on where data, base model or settings are not those of production, or `force` is on."""
+            log.info("changed: is there anything new to train on? pull found %s", found["summary"])
             return "validate" if found["changed"] else "unchanged"
 
         @task.branch(task_id="decision", task_display_name="Promote or reject?")
         def decision(verdict: dict[str, Any]) -> str:
+            """Goes the way that the gate has decided, and no other: it judges nothing by itself."""
+            log.info("decision: where does the gate's verdict lead? It is %s", verdict["summary"])
             return let_through if verdict["decision"] == "promote" else "reject"
 
         configure >> pull >> changed(pull.output) >> [validate, unchanged]

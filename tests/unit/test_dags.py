@@ -96,13 +96,15 @@ def test_tasks_are_retried_limited_and_explained(bag: DagBag) -> None:
         assert not dag.catchup
         assert dag.max_active_runs == 1
     for dag in retraining(bag):
+        for task in dag.tasks:
+            assert task.task_display_name != task.task_id
+            assert task.doc_md
         for name in [*WORK, "report"]:
             task = dag.get_task(name)
             assert task.retries > 0
             assert task.retry_exponential_backoff == 2
             assert task.execution_timeout
             assert f"python -m tasks {name}" in task.doc_md
-            assert task.task_display_name != name
 
 
 def test_only_promote_announces_the_model(demo: DAG) -> None:
