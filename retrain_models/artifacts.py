@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from retrain_models.errors import DataError, MissingObjectError, RetryableError
-from retrain_models.storage import TRANSFERS, Bucket
+from retrain_models.storage import TRANSFERS, Bucket, disk_of
 
 MANIFEST = "manifest.json"
 PART = 16 << 20  # bytes of a file that are asked for at once
@@ -133,7 +133,7 @@ def fetch(
     manifest = read_manifest(store, prefix, manifest_name=manifest_name)
     files = [file for file in manifest.files if wanted(file.path)]
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with _claimed(directory.parent / f".{directory.name}.partial") as partial:
+    with disk_of(directory.parent), _claimed(directory.parent / f".{directory.name}.partial") as partial:
         try:
             _download(store, shared or prefix, partial, files, _Options(shared is not None, reuse, advance))
         except DataError:

@@ -8,6 +8,7 @@ virtual) how it wants to be asked where the default does not fit.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -40,6 +41,7 @@ from retrain_models.errors import (
     ConflictError,
     DataError,
     MissingObjectError,
+    RetryableError,
     SettingsError,
     StepError,
     StoreRefusedError,
@@ -247,7 +249,7 @@ class Bucket:
     def download(self, key: str, path: Path) -> None:
         """Copy an object to a local file, which appears whole; its folder is made. Raises `MissingObjectError`."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        with disk_of(path.parent), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
             fresh = Path(scratch) / path.name
 
             def read() -> None:
@@ -262,6 +264,17 @@ class Bucket:
     def download_all(self, files: dict[str, Path]) -> None:
         """Copy objects to local files (`{key: path}`), several at once."""
         in_parallel(lambda item: self.download(item[0], item[1]), list(files.items()))
+
+
+@contextlib.contextmanager
+def disk_of(directory: Path) -> Iterator[None]:
+    """Say in a sentence, as a `RetryableError`, that the disk of a directory is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise RetryableError(f"the disk of {directory} is full: make room, and try again") from error
 
 
 def again_if_cut_off(read: Callable[[], T]) -> T:

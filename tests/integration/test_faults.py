@@ -12,13 +12,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import bucket_of, free_port
+from conftest import bucket_of, free_port, running_store
 from faulty_proxy import FAULTS, faulty_proxy
 from test_registry import judged
 
@@ -317,6 +318,80 @@ def test_a_store_that_is_killed_during_an_upload_and_started_again(
     finally:
         process.kill()
         process.wait()
+
+
+# Disks that are full
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Leave not a byte free; the file that does it."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+    return filler
+
+
+def test_a_pull_whose_disk_fills_up_leaves_the_model_and_goes_on_later(
+    store: Store, tmp_path: Path, small_disk: Path
+) -> None:
+    publish(store, tmp_path / "made", "1")
+    publish(store, tmp_path / "made", "2", size=40_000_000)
+    publish(store, tmp_path / "made", "3", size=70_000_000)
+    model = small_disk / "model"
+    registry.pull(store, MODEL, "1", model)
+    with pytest.raises(RetryableError, match=r"has [\d,]+ bytes left and 70,000,001 are needed: make room"):
+        registry.pull(store, MODEL, "3", model)
+    filler: list[Path] = []
+
+    def arrived(_: int) -> None:  # somebody else takes what was free when the pull began
+        if not filler:
+            filler.append(fill(small_disk))
+
+    with pytest.raises(RetryableError, match=f"the disk of {small_disk} is full: make room"):
+        registry.pull(store, MODEL, "2", model, advance=arrived)
+    assert (model / "trained.bin").read_text() == "1"
+    filler[0].unlink()
+    registry.pull(store, MODEL, "2", model)
+    assert (model / "trained.bin").read_text() == "2"
+    assert [path.name for path in small_disk.iterdir()] == ["model"]
+
+
+def test_a_store_whose_disk_is_full_refuses_and_keeps_what_it_has(tmp_path: Path, small_disk: Path) -> None:
+    """Not on MiniStack, which then keeps in memory what it cannot write."""
+    if object_store.find_minio(Path.home() / "go" / "bin") is None:
+        pytest.skip("no minio binary in MINIO_BINARY, on PATH or in ~/go/bin")
+    with running_store("minio", small_disk) as server, bucket_of(server) as store:
+        publish(store, tmp_path / "made", "1")
+        registry.move(store, MODEL, "1", expected=None, who="w", why="y")
+        (small_disk / "filler").write_bytes(bytes(40_000_000))
+        with pytest.raises(StoreUnreachableError, match="its disk is full"):
+            publish(store, tmp_path / "made", "2", size=30_000_000)
+        assert registry.versions(store, MODEL) == ["1"]
+        assert pulled(store, tmp_path, "production") == "1"
+        (small_disk / "filler").unlink()
+        for wait in (1, 2, 4, 8):  # as Airflow's retries: it looks at its disk now and then
+            with contextlib.suppress(StoreUnreachableError):
+                publish(store, tmp_path / "made", "2", size=30_000_000)
+                break
+            time.sleep(wait)
+        registry.move(store, MODEL, "2", expected="1", who="w", why="y")
+        assert [event.version for event in check(store, tmp_path)] == ["1", "2"]
 
 
 def test_a_clock_that_is_wrong_is_said(minio: object_store.Server, monkeypatch: pytest.MonkeyPatch) -> None:
