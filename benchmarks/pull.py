@@ -57,9 +57,10 @@ def measure(folder: Path) -> None:
     registry.publish(store, "m", "1", directory, {})
     with (directory / "model-00002.safetensors").open("r+b") as file:
         file.write(os.urandom(1_000_000))
-    sent: list[int] = []
-    registry.publish(store, "m", "2", directory, {}, advance=sent.append)
-    print(f"the second version uploads {sum(sent) / 1e6:.0f} MB of {total / 1e6:.0f} MB ({sum(sent) / total:.1%})")
+    kept = {entry.key for entry in store.list("models/m/files/")}
+    registry.publish(store, "m", "2", directory, {})
+    sent = sum(entry.size for entry in store.list("models/m/files/") if entry.key not in kept)
+    print(f"the second version uploads {sent / 1e6:.0f} MB of {total / 1e6:.0f} MB ({sent / total:.1%})")
     aws = [os.environ.get("AWS", "aws"), "--endpoint-url", os.environ["S3_ENDPOINT_URL"], "s3", "cp", "--recursive"]
     rates: dict[str, list[float]] = {"pull": [], "aws s3 cp": []}
     for _ in range(TURNS):

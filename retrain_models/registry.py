@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from retrain_models import artifacts
-from retrain_models.artifacts import Manifest
+from retrain_models.artifacts import File, Manifest
 from retrain_models.errors import DataError, MissingObjectError
 from retrain_models.storage import Bucket, in_parallel
 
 PRODUCTION = "production"
+CTRANSLATE2 = "ctranslate2"  # the folder of the copy in int8, in a version that carries one
 WITHDRAWN = "withdrawn.json"
 
 
@@ -155,20 +156,24 @@ def pull(
     version: str,
     directory: Path,
     *,
+    int8: bool = False,
     reuse: Sequence[Path] = (),
     keep_previous: bool = False,
     advance: Callable[[int], Any] = lambda count: None,
 ) -> str:
     """Download a version, every file verified before `directory` appears; returns the version's name.
 
-    The other arguments are those of `artifacts.fetch`.
+    The copy in int8 stays in the store; with `int8` it comes in place of the weights, if there is one. The other
+    arguments are those of `artifacts.fetch`.
     """
     version = resolve(store, model, version)
+    files = {file.path for file in chosen(manifest(store, model, version), int8=int8)}
     try:
         artifacts.fetch(
             store,
             version_prefix(model, version),
             directory,
+            wanted=files.__contains__,
             shared=files_prefix(model),
             reuse=reuse,
             keep_previous=keep_previous,
@@ -177,6 +182,14 @@ def pull(
     except MissingObjectError as error:
         raise DataError(f"{model} has no version {version!r}") from error
     return version
+
+
+def chosen(version: Manifest, *, int8: bool = False) -> list[File]:
+    """The files of a version that a pull downloads: all but the copy in int8, or that in place of the weights."""
+    copy = f"{CTRANSLATE2}/"
+    if int8 and any(file.path.startswith(copy) for file in version.files):
+        return [file for file in version.files if not file.path.endswith(".safetensors")]
+    return [file for file in version.files if not file.path.startswith(copy)]
 
 
 def read_event(store: Bucket, model: str, number: int) -> Event:

@@ -33,6 +33,7 @@ def pull(
     version: str,
     directory: str | os.PathLike[str],
     *,
+    int8: bool = False,
     bucket: str | None = None,
     reuse: Sequence[str | os.PathLike[str]] = (),
 ) -> Pulled:
@@ -43,6 +44,9 @@ def pull(
     there, becomes `DIRECTORY.previous`, and lends the files that have not changed; so do the directories in `reuse`.
     Files are lent by hard links, so nobody may write to them.
 
+    With `int8`, a version that carries a copy for CTranslate2 comes with that, in `DIRECTORY/ctranslate2`, in place of
+    its full-precision weights; one that carries none comes with these.
+
     Raises `DataError` for what does not exist or is not what was published, `RetryableError` for what may work later,
     `SettingsError` for a wrong address, key or permission. Nothing is changed then.
     """
@@ -50,7 +54,8 @@ def pull(
     found = registry.resolve(store, name, version)
     manifest = registry.manifest(store, name, found)
     previous = target.with_name(f"{target.name}.previous")
-    registry.pull(store, name, found, target, reuse=[target, previous, *map(Path, reuse)], keep_previous=True)
+    lenders = [target, previous, *map(Path, reuse)]
+    registry.pull(store, name, found, target, int8=int8, reuse=lenders, keep_previous=True)
     return Pulled(found, target, manifest)
 
 

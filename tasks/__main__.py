@@ -225,7 +225,7 @@ def _pull_model(arguments: argparse.Namespace) -> None:
     if arguments.to.exists():  # whatever is in it would give way to the model
         raise SettingsError(f"--to {arguments.to}: is there already; name a directory that is not")
     store, model = Store(arguments.bucket), arguments.model
-    size = registry.manifest(store, model, arguments.version).size
+    size = sum(file.size for file in registry.chosen(registry.manifest(store, model, arguments.version)))
     with Progress(f"pull {model}", size, "bytes") as progress:
         version = registry.pull(store, model, arguments.version, arguments.to, advance=progress.advance)
     print(f"{model} {version} is in {arguments.to}, every file verified")

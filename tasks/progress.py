@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from typing import Any
 
@@ -21,6 +22,7 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0
+        self._lock = threading.Lock()
         self._started = self._last_line = time.monotonic()
         self._bar: Bar | None = None
         if sys.stderr.isatty():
@@ -36,20 +38,26 @@ class Progress:
             self._task = self._bar.add_task(label, total=total, note="")
 
     def advance(self, count: int = 1, **figures: float) -> None:
-        """Count units as done; `figures` (a loss, say) are shown beside them."""
+        """Count units as done; `figures` (a loss, say) are shown beside them. Threads may call it at once."""
+        with self._lock:
+            self._advance(count, figures)
+
+    def _advance(self, count: int, figures: dict[str, float]) -> None:
         self.done += count
         note = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         if self._bar:
             self._bar.update(self._task, completed=self.done, note=note)
             return
         now = time.monotonic()
-        if now - self._last_line >= LINE_EVERY:
+        if now - self._last_line >= LINE_EVERY and self.done > 0:  # an upload that begins again takes back what it said
             self._last_line = now
             rate = self.done / (now - self._started)
             left = (self.total - self.done) / rate
+            each = f"{rate:,.0f}" if rate >= 1000 else f"{rate:.4g}"
             log.info(
-                "%s: %s/%s %s (%.0f%%), %.4g/s, %s left  %s",
-                self.label, self.done, self.total, self.unit, 100 * self.done / self.total, rate, _clock(left), note,
+                "%s: %s/%s %s (%.0f%%), %s/s, %s left  %s",
+                self.label, f"{self.done:,}", f"{self.total:,}", self.unit, 100 * self.done / self.total, each,
+                _clock(left), note,
             )  # fmt: skip
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
     python -m tasks promote --run s3://retrain/runs/RUN_ID
 
-Reads    runs/RUN_ID/gate.json, candidate/
+Reads    runs/RUN_ID/gate.json, candidate/; for the int8 copy also evaluation/translations.parquet
 Writes   models/NAME/files/SHA256                    what no earlier version has
          models/NAME/versions/VERSION/manifest.json  with metrics and lineage
          models/NAME/history/NUMBER.json             the event
@@ -10,10 +10,15 @@ Writes   models/NAME/files/SHA256                    what no earlier version has
 Result   the version
 
 A version is named by the run's date and the candidate's content, so promoting the same run again is the same version.
+
+Where `promotion.int8_margin` is set, a copy of the candidate in int8, for CTranslate2, translates the test split on the
+CPU. If it loses no more BLEU than the margin it is part of the version, in `ctranslate2/`; otherwise the version is
+published without it. The manifest has the copy's BLEU either way.
 """
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -41,7 +46,9 @@ def run(run: Run) -> dict[str, Any]:
             raise DataError(f"the candidate of {run.uri} is not the one that the gate let through: evaluate it first")
         version = f"{run.config['created'][:10]}-{fingerprint[:10]}"
         refuse_to_undo_a_rollback(run, version)
-        registry.publish(run.store, name, version, candidate, {"version": version, **describe(run)})
+        if version not in registry.versions(run.store, name):  # else an earlier try was cut off after its manifest
+            about = {"version": version, **describe(run), **add_int8(run, candidate, Path(scratch) / "int8")}
+            registry.publish(run.store, name, version, candidate, about)
     event = registry.move(
         run.store,
         name,
@@ -52,9 +59,23 @@ def run(run: Run) -> dict[str, Any]:
         gate={check["name"]: check["observed"] for check in gate["checks"]},
     )
     before = f"instead of {event.before}" if event.before else "as its first version"
-    size = registry.manifest(run.store, name, version).size
+    manifest = registry.manifest(run.store, name, version)
     summary = f"{name} {version} is in production {before}"
-    return {"summary": summary, "version": version, "event": event.number, "bytes": size}
+    if int8 := manifest.metadata.get("int8"):
+        summary += f", {'with' if int8['published'] else 'without'} its int8 copy, of BLEU {int8['bleu']:.2f}"
+    return {"summary": summary, "version": version, "event": event.number, "bytes": manifest.size}
+
+
+def add_int8(run: Run, candidate: Path, scratch: Path) -> dict[str, Any]:
+    """Put an int8 copy that is wanted and good enough into the candidate's directory; what the manifest says of it."""
+    margin = run.settings.promotion.int8_margin
+    if margin is None:
+        return {}
+    bleu = importlib.import_module("tasks.judging.int8").make(run, candidate, scratch)  # which imports TensorFlow
+    fits = run.result("evaluate")["bleu"]["candidate"] - bleu <= margin
+    if fits:
+        scratch.rename(candidate / registry.CTRANSLATE2)
+    return {"int8": {"bleu": bleu, "margin": margin, "published": fits}}
 
 
 def refuse_to_undo_a_rollback(run: Run, version: str) -> None:

@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from retrain_models.registry import (
+    CTRANSLATE2,
     PRODUCTION,
     WITHDRAWN,
     Event,
     Pointer,
     aliases,
+    chosen,
     event_key,
     files_prefix,
     history,
@@ -44,15 +46,18 @@ from retrain_models.registry import (
 from tasks import artifacts
 from tasks.artifacts import MANIFEST, Manifest
 from tasks.errors import DataError, SettingsError
+from tasks.progress import Progress
 from tasks.storage import ConflictError, MissingObjectError, Store, in_parallel
 
 __all__ = [
+    "CTRANSLATE2",
     "PRODUCTION",
     "Event",
     "Pointer",
     "ProductionMovedError",
     "aliases",
     "champion_of",
+    "chosen",
     "diff",
     "event_key",
     "expire",
@@ -89,8 +94,6 @@ def publish(
     version: str,
     directory: Path,
     metadata: dict[str, Any],
-    *,
-    advance: Callable[[int], Any] | None = None,
 ) -> Manifest:
     """Make a version of a directory. Files that another version has already are not uploaded again.
 
@@ -112,7 +115,9 @@ def publish(
         found = store.find(shared) if file.sha256 in kept else None
         if found is None or found.size != file.size:
             missing[shared] = directory / file.path
-    store.upload_all(missing, advance=advance)
+    size = sum(path.stat().st_size for path in missing.values())
+    with Progress(f"upload {model} {version}", size, "bytes") as progress:
+        store.upload_all(missing, advance=progress.advance)
     with contextlib.suppress(ConflictError):
         store.put_json(f"{place}/{MANIFEST}", made.to_dict(), if_absent=True)
     there = manifest(store, model, version)

@@ -239,6 +239,18 @@ class Gate(Section):
     )
 
 
+class Promotion(Section):
+    """What a version carries besides the model."""
+
+    int8_margin: float | None = Field(
+        None,
+        ge=0,
+        description="BLEU that a CTranslate2 copy in int8, for services on CPUs, may lose to be published with the "
+        "model; none: no copy is made",
+        json_schema_extra=EXPERT,
+    )
+
+
 class Costs(Section):
     """What computing costs, for the report."""
 
@@ -291,6 +303,7 @@ class Settings(Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     gate: Gate = Gate()
+    promotion: Promotion = Promotion()
     costs: Costs = Costs()
 
     @field_validator("schedule")

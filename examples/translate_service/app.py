@@ -28,7 +28,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 import retrain_models
-from examples.translate_service.engine import Translate, load
+from examples.translate_service.engine import CTRANSLATE2, Translate, load
 
 log = logging.getLogger("translate_service")
 
@@ -43,6 +43,7 @@ class Serving:
     version: str
     since: float
     metrics: dict[str, Any]
+    engine: str
     translate: Translate
 
 
@@ -87,13 +88,13 @@ class Service:
     def prepare(self, version: str) -> Serving:
         """Pull, load and try a version. Raises when it is not fit to serve."""
         now = [self.folder / self.serving.version] if self.serving else []
-        pulled = retrain_models.pull(self.model, version, self.folder / version, reuse=now)
+        pulled = retrain_models.pull(self.model, version, self.folder / version, int8=CTRANSLATE2, reuse=now)
         about = pulled.manifest.metadata
-        translate = load(pulled.directory, about)
+        engine, translate = load(pulled.directory, about)
         outputs = translate(SELF_TEST)
         if len(outputs) != len(SELF_TEST) or not all(output.strip() for output in outputs):
             raise ValueError(f"the self-test gave {outputs}")
-        return Serving(version, time.time(), about.get("metrics", {}), translate)
+        return Serving(version, time.time(), about.get("metrics", {}), engine, translate)
 
 
 service = Service()
@@ -156,9 +157,10 @@ def health() -> dict[str, str]:
 
 @app.get("/version")
 def version() -> dict[str, Any]:
-    """Which version serves, since when, and how it was judged."""
+    """Which version serves, since when, with which engine, and how it was judged."""
     serving = current()
-    return {"model": service.model, "version": serving.version, "since": serving.since, "metrics": serving.metrics}
+    fields = {name: getattr(serving, name) for name in ("version", "since", "engine", "metrics")}
+    return {"model": service.model, **fields}
 
 
 @app.get("/metrics", response_class=PlainTextResponse)

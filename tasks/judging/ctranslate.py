@@ -30,6 +30,14 @@ SPARE = "<spare>"  # begins the name of an embedding row that the tokenizer has 
 
 def load(directory: Path, tokenizer: Any, compute_type: str = "float32") -> ctranslate2.Translator:
     """The T5 of a `from_pretrained` directory, on the GPU where there is one."""
+    device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
+    with tempfile.TemporaryDirectory() as converted:
+        convert(directory, tokenizer, Path(converted))
+        return ctranslate2.Translator(converted, device=device, compute_type=compute_type)
+
+
+def convert(directory: Path, tokenizer: Any, converted: Path, quantization: str | None = None) -> None:
+    """Write the T5 of a `from_pretrained` directory as a CTranslate2 model, in float32 or as `quantization` says."""
     config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
     weights = {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
     spec = specification(config, weights)
@@ -39,11 +47,9 @@ def load(directory: Path, tokenizer: Any, compute_type: str = "float32") -> ctra
     spec.config.bos_token = spec.config.decoder_start_token = names[config.decoder_start_token_id]
     spec.config.eos_token, spec.config.unk_token = tokenizer.eos_token, tokenizer.unk_token
     spec.validate()
-    spec.optimize()
-    device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
-    with tempfile.TemporaryDirectory() as converted:
-        spec.save(converted)
-        return ctranslate2.Translator(converted, device=device, compute_type=compute_type)
+    spec.optimize(quantization)
+    converted.mkdir(exist_ok=True)
+    spec.save(str(converted))
 
 
 def token_names(tokenizer: Any, rows: int) -> list[str]:

@@ -163,6 +163,23 @@ def test_what_has_not_changed_is_not_downloaded_again(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "model", "model.previous"]
 
 
+def test_a_copy_in_int8_comes_only_when_it_is_wanted_and_there(store: Store, tmp_path: Path) -> None:
+    full = {"model.safetensors": b"weights", "tokenizer.json": b"{}"}
+    for version, more in (("1", {}), ("2", {"ctranslate2/model.bin": b"int8"})):
+        for name, data in {**full, **more}.items():
+            (tmp_path / version / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / version / name).write_bytes(data)
+        registry.publish(store, MODEL, version, tmp_path / version, {})
+
+    def pulled(version: str, *, int8: bool) -> dict[str, bytes]:
+        return files_in(
+            retrain_models.pull(MODEL, version, tmp_path / "model", int8=int8, bucket=store.bucket).directory
+        )
+
+    assert pulled("1", int8=True) == pulled("1", int8=False) == pulled("2", int8=False) == full
+    assert pulled("2", int8=True) == {"ctranslate2/model.bin": b"int8", "tokenizer.json": b"{}"}
+
+
 def test_a_file_of_the_previous_model_that_was_changed_is_downloaded(store: Store, tmp_path: Path) -> None:
     promote(store, tmp_path, "1")
     retrain_models.pull(MODEL, "production", tmp_path / "model")

@@ -20,6 +20,8 @@ import pytest
 from conftest import free_port
 
 from tasks import registry
+from tasks.data.tokenizer import load_tokenizer
+from tasks.judging import ctranslate
 from tasks.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +36,10 @@ def publish(store: Store, tmp_path: Path, version: str, damage: Callable[[Path],
     settings = {"preprocessing": {"prompt": "translate English to Spanish: ", "max_tokens": 32}}
     about = {"version": version, "metrics": {"candidate": 50.0}, "lineage": {"settings": settings}}
     registry.publish(store, "demo", version, directory, about)
+
+
+def add_int8(directory: Path) -> None:
+    ctranslate.convert(directory, load_tokenizer(directory), directory / "ctranslate2", quantization="int8")
 
 
 def move(store: Store, version: str, before: str | None) -> None:
@@ -77,11 +83,12 @@ def healthy(url: str) -> bool:
 
 def test_models_are_swapped_under_load_and_no_request_fails(bucket: Store, url: str, tmp_path: Path) -> None:
     publish(bucket, tmp_path, "1")
-    publish(bucket, tmp_path, "2")
+    publish(bucket, tmp_path, "2", add_int8)
     publish(bucket, tmp_path, "3", lambda directory: (directory / "model.safetensors").write_bytes(b"no weights"))
     move(bucket, "1", None)
     until(lambda: healthy(url))
-    assert ask(f"{url}/version")["metrics"] == {"candidate": 50.0}
+    served = ask(f"{url}/version")
+    assert (served["metrics"], served["engine"]) == ({"candidate": 50.0}, "tensorflow")
 
     answers: Counter[str] = Counter()
     failed: list[BaseException] = []
@@ -115,6 +122,9 @@ def test_models_are_swapped_under_load_and_no_request_fails(bucket: Store, url: 
     assert failed == []
     assert set(answers) == {"1", "2"}
     assert ask(f"{url}/health")["version"] == "2"
+    assert ask(f"{url}/version")["engine"] == "ctranslate2"
+    assert not (tmp_path / "models" / "demo" / "2" / "model.safetensors").exists()
+    assert ask(f"{url}/translate", {"sentences": ["Where is the laptop?"]})["translations"][0].startswith("¿Dónde está")
     assert 'translate_model_info{version="2"} 1' in ask(f"{url}/metrics")
     for sentences in ([], [""], ["x" * 2001], ["x"] * 65, "x"):
         with pytest.raises(urllib.error.HTTPError, match="422"):
