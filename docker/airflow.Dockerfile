@@ -24,10 +24,10 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/opt/retrain \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    AIRFLOW_HOME=/opt/airflow \
-    AIRFLOW__CORE__DAGS_FOLDER=/opt/retrain/dags \
-    AIRFLOW__CORE__PLUGINS_FOLDER=/opt/retrain/plugins \
-    AIRFLOW__CORE__LOAD_EXAMPLES=false
+    AIRFLOW_HOME=/opt/airflow
+# As in Airflow's own image: the chart and KubernetesExecutor give whole commands, and the chart's probes call /entrypoint.
+# Where DAGs and plugins are is said in the chart's values, which the image's environment would outweigh.
+RUN printf '#!/bin/sh\nexec "$@"\n' >/entrypoint && chmod 755 /entrypoint
 USER 50000
-ENTRYPOINT ["airflow"]
-CMD ["version"]
+ENTRYPOINT ["/entrypoint"]
+CMD ["airflow", "version"]

@@ -94,7 +94,8 @@ class PodStep(KubernetesPodOperator):
         """The pod, with the step's arguments, which are known only once the run is."""
         if context:
             self.arguments = step_arguments(self.step, self.run_uri, self.pipeline_file, context)
-            self.env_vars = {"RETRAIN_ATTEMPT": attempt_of(context)}
+            # The image is for the model's lineage: a container cannot see which one it runs in.
+            self.env_vars = {"RETRAIN_ATTEMPT": attempt_of(context), "RETRAIN_IMAGE": self.image}
         return super().build_pod_request_obj(context, dry_run=dry_run)
 
     def get_or_create_pod(self, pod_request_obj: k8s.V1Pod, context: Context) -> k8s.V1Pod:

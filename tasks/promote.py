@@ -106,6 +106,7 @@ def describe(run: Run) -> dict[str, Any]:
             "base_model": pulled["base_model"],
             "champion": evaluated["champion"],
             "code_version": run.config["code_version"],
+            "image": run.config.get("image"),
             "settings": run.config["settings"],
         },
     }

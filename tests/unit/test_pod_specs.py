@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from airflow.configuration import conf
 from airflow.dag_processing.dagbag import DagBag
+from airflow.models.connection import Connection
 from kubernetes.client import ApiClient
 from kubernetes.client import models as k8s
 
@@ -93,7 +96,11 @@ def test_no_pod_holds_a_secret(step: str, operators: dict[str, PodStep]) -> None
     pod = rendered(operators[step])
     (container,) = pod["spec"]["containers"]
     assert container["envFrom"] == [{"secretRef": {"name": "retrain-store"}}]
-    assert {variable["name"] for variable in container["env"]} - {"RETRAIN_DISK_LIMIT"} == {"HOME", "RETRAIN_ATTEMPT"}
+    assert {variable["name"] for variable in container["env"]} - {"RETRAIN_DISK_LIMIT"} == {
+        "HOME",
+        "RETRAIN_ATTEMPT",
+        "RETRAIN_IMAGE",
+    }
     assert "the-key-of-the-store" not in json.dumps(pod)
 
 
@@ -126,6 +133,23 @@ def test_manifests_fit_kubernetes_schema(manifest: str) -> None:
         if not document["apiVersion"].startswith("kueue."):  # not Kubernetes' own
             for version in VERSIONS:
                 kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_the_chart_values_name_what_there_is() -> None:
+    """Airflow's settings and this project's variables; the chart itself is not at hand."""
+    values = yaml.safe_load((ROOT / "k8s" / "airflow-values.yaml").read_text())
+    for section, options in values["config"].items():
+        assert set(options) <= set(conf.configuration_description[section]["options"])
+    variables = {each["name"]: each["value"] for each in values["env"]}
+    assert all(isinstance(value, str) for value in variables.values())
+    assert {Connection.from_json(value).conn_type for name, value in variables.items() if "_CONN_" in name} == {
+        "kubernetes",
+        "aws",
+    }
+    own = {name for name in variables if name.startswith("RETRAIN_")}
+    documented = (ROOT / "docs" / "operations.md").read_text()
+    assert all(f"`{name}`" in documented for name in own)
+    assert values["airflowVersion"] == metadata.version("apache-airflow")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from airflow.models.dagrun import DagRun
 from airflow.models.xcom import XComModel
 from airflow.utils.session import create_session
-from clusters import Cluster, Runner, role
+from clusters import IMAGE, Cluster, Runner, role
 from sqlalchemy import select
 
 from plugins.links import PodLink
@@ -45,6 +45,7 @@ def test_the_demo_is_promoted_with_every_step_in_a_pod(
     assert {task for task, state in states(dag_run).items() if state != "success"} == {"unchanged", "reject"}
     version = registry.pull(cluster.store, "demo", registry.PRODUCTION, tmp_path / "model")
     assert version == run.result("promote")["version"]
+    assert registry.manifest(cluster.store, "demo", version).metadata["lineage"]["image"] == IMAGE
     assert "train: done in" in said()  # the pods' own logs are the tasks'
 
 
