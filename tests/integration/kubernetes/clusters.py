@@ -28,6 +28,7 @@ from airflow.models.dagrun import DagRun
 from airflow.sdk import DAG
 from conftest import bucket_of, free_port, running_store
 from kubernetes import client, config
+from kubernetes.utils import parse_quantity
 from pod_api import Cluster as StandIn
 
 from plugins.pipelines import run_id
@@ -73,6 +74,28 @@ class Cluster:
         """The name of the pod, once its step runs."""
         runs = self.wait_for_pod(lambda pod: pod.status.phase == "Running" and not pod.metadata.deletion_timestamp)
         return runs.metadata.name
+
+    def memory(self) -> int:
+        """Bytes that the pods of the (only) node may ask for."""
+        (node,) = self.api.list_node().items
+        return int(parse_quantity(node.status.allocatable["memory"]))
+
+    def preempt(self, name: str, requests: dict[str, str]) -> None:
+        """Run a pod that needs so much, and is more important than the one with this name, until that is gone."""
+        classes = client.SchedulingV1Api(self.api.api_client)
+        important = client.V1PriorityClass(metadata=client.V1ObjectMeta(name=self.namespace), value=1000)
+        container = {"name": "base", "image": IMAGE, "command": ["sleep", "120"], "resources": {"requests": requests}}
+        spec = {"priorityClassName": self.namespace, "containers": [container], "terminationGracePeriodSeconds": 0}
+        classes.create_priority_class(important)
+        try:
+            self.api.create_namespaced_pod(self.namespace, {"metadata": {"name": "important"}, "spec": spec})
+            deadline = time.monotonic() + 120
+            while name in [pod.metadata.name for pod in self.pods()]:
+                assert time.monotonic() < deadline, f"{name} was not preempted"
+                time.sleep(0.5)
+        finally:
+            self.delete("important", grace=0)
+            classes.delete_priority_class(self.namespace)
 
     def delete(self, name: str, grace: int | None = None) -> None:
         self.api.delete_namespaced_pod(name, self.namespace, grace_period_seconds=grace)

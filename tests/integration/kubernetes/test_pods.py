@@ -136,6 +136,28 @@ def test_a_pod_that_somebody_deletes_reads_as_such(
     assert "StepFailedError: train: its pod is gone: somebody deleted it, or its node was lost" in said()
 
 
+@both
+def test_a_pod_that_makes_room_for_another_is_tried_again(
+    deferrable: bool, runner: Runner, cluster: Cluster, said: Callable[[], str]
+) -> None:
+    """Kubernetes says from 1.26 on that it was preempted; before, the pod is deleted, and reads as that."""
+    if cluster.kind == "stand-in":
+        pytest.skip("the stand-in has no scheduler; what clusters say is read in tests/unit/test_pod_specs.py")
+    most_of_the_node = {"memory": f"{int(cluster.memory() * 0.6)}"}
+    state = runner.step(
+        "train",
+        deferrable=deferrable,
+        cmds=["sh", "-c", "trap 'exit 75' TERM; sleep 120 & wait"],
+        resources={"requests": most_of_the_node, "limits": most_of_the_node},
+        meanwhile=lambda: cluster.preempt(cluster.wait_until_running(), most_of_the_node),
+    )
+    assert state == "failed"
+    assert re.search(
+        r"StepFailedError: train(: its pod (is gone|was deleted)| failed with exit code 75|.*PreemptionByScheduler)",
+        said(),
+    )
+
+
 # The result in the store counts, if it is this attempt's
 
 CONFIGURE = {"pipeline_file": "config/demo.yaml"}
