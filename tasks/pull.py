@@ -6,7 +6,11 @@ Reads    the hub, a local directory or an s3:// mirror; the production model's m
 Writes   datasets/NAME/PAIR/FINGERPRINT/{train,validation,test}.parquet    columns: source, target (text)
          datasets/NAME/PAIR/FINGERPRINT/dataset.json                       rows, revision; written last
          base-models/NAME/FINGERPRINT/...                                  a from_pretrained directory
-Result   the two keys, and `changed`: whether anything differs from what production was trained on
+         {datasets/NAME/PAIR,base-models/NAME}/sources/HASH.json           which of them a source has become
+Result   the two keys, the hub's commits, and `changed`: whether anything differs from what production was trained on
+
+A source is looked at before it is fetched (its commit, its mirror's manifest, its files' hashes); one that has been
+pulled before costs that look.
 """
 
 from __future__ import annotations
@@ -14,9 +18,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +32,7 @@ from tasks import artifacts, registry
 from tasks.data import sources
 from tasks.errors import DataError
 from tasks.run import Run
-from tasks.settings import Data, Settings
+from tasks.settings import BaseModelSource, Data, Settings
 from tasks.storage import MissingObjectError, Store, to_json
 
 log = logging.getLogger(__name__)
@@ -40,46 +44,102 @@ SCHEMA = pa.schema([("source", pa.string()), ("target", pa.string())])
 ROWS_AT_ONCE = 10_000
 
 
+class Pulled(NamedTuple):
+    """An artifact in the store, the commit of the hub that it was made from, and what its manifest says."""
+
+    key: str
+    revision: str | None
+    about: dict[str, Any]
+
+
 def run(run: Run) -> dict[str, Any]:
-    """Pull both; what is in the store already is not written again. Raises `DataError` for an unusable corpus."""
+    """Pull both; what is in the store already is not fetched again. Raises `DataError` for an unusable corpus."""
     settings = run.settings
     with tempfile.TemporaryDirectory() as scratch:
-        dataset, rows = pull_dataset(run.store, settings.data, Path(scratch))
-        base_model = pull_base_model(run.store, settings, Path(scratch))
-    inputs = fingerprint_inputs(settings, dataset, base_model)
+        dataset = pull_dataset(run.store, settings.data, Path(scratch))
+        base_model = pull_base_model(run.store, settings.base_model, Path(scratch))
+    inputs = fingerprint_inputs(settings, dataset.key, base_model.key)
     champion = registry.champion_of(run.store, settings.name, run.id)
     before = registry.manifest(run.store, settings.name, champion).metadata["lineage"]["inputs"] if champion else None
     changed = settings.force or inputs != before
     what = "training goes on" if changed else "nothing has changed since production: the run ends here"
+    rows = dataset.about["rows"]
     return {
-        "summary": f"{sum(rows.values()):,} pairs in {dataset}; {what}",
-        "dataset": dataset,
-        "base_model": base_model,
+        "summary": f"{sum(rows.values()):,} pairs in {dataset.key}; {what}",
+        "dataset": dataset.key,
+        "base_model": base_model.key,
+        "revisions": {"dataset": dataset.revision, "base_model": base_model.revision},
         "rows": rows,
         "inputs": inputs,
         "changed": changed,
     }
 
 
-def pull_dataset(store: Store, data: Data, scratch: Path) -> tuple[str, dict[str, int]]:
-    """Put the corpus in the store and return its key and the rows of each split."""
-    source = sources.bring(data.source, data.revision, "dataset", scratch)
-    splits = read_splits(data, source.directory, scratch / "cache")
-    files = scratch / "parquet"
-    files.mkdir()
-    digests, rows = hashlib.sha256(), {}
-    for split in SPLITS:
-        split_digest = write_split(splits[split], data, split, files / f"{split}.parquet")
-        digests.update(f"{split} {split_digest}\n".encode())
-        rows[split] = splits[split].num_rows
-    fingerprint = digests.hexdigest()[:32]
-    key = f"datasets/{data.name}/{data.pair}/{fingerprint}"
-    if store.exists(f"{key}/{DATASET_MANIFEST}"):
+def pull_dataset(store: Store, data: Data, scratch: Path) -> Pulled:
+    """Put the corpus in the store, under the fingerprint of its rows."""
+    source = sources.find(data.source, data.revision, "dataset")
+
+    def make() -> tuple[str, Path, dict[str, Any]]:
+        directory = sources.bring(source, scratch, data.configuration)
+        splits = read_splits(data, directory, scratch / "cache")
+        files = scratch / "parquet"
+        files.mkdir()
+        digests, rows = hashlib.sha256(), {}
+        for split in SPLITS:
+            split_digest = write_split(splits[split], data, split, files / f"{split}.parquet")
+            digests.update(f"{split} {split_digest}\n".encode())
+            rows[split] = splits[split].num_rows
+        return digests.hexdigest(), files, {"pair": data.pair, "rows": rows}
+
+    limits = {"train": data.max_train_rows, "evaluation": data.max_eval_rows}
+    return once(store, f"datasets/{data.name}/{data.pair}", source, make, manifest=DATASET_MANIFEST, limits=limits)
+
+
+def pull_base_model(store: Store, model: BaseModelSource, scratch: Path) -> Pulled:
+    """Put the base model in the store, under the fingerprint of its files."""
+    source = sources.find(model.source, model.revision, "model")
+
+    def make() -> tuple[str, Path, dict[str, Any]]:
+        files = scratch / "base-model"
+        sources.copy_files(sources.bring(source, scratch), "model", files)
+        return artifacts.describe(files).fingerprint, files, {}
+
+    return once(store, f"base-models/{model.name}", source, make)
+
+
+def once(
+    store: Store,
+    place: str,
+    source: sources.Source,
+    make: Callable[[], tuple[str, Path, dict[str, Any]]],
+    *,
+    manifest: str = artifacts.MANIFEST,
+    limits: dict[str, int | None] | None = None,
+) -> Pulled:
+    """The artifact below `place` that `make` makes of a source: its fingerprint, its files and what to say of them.
+
+    PLACE/sources/HASH.json remembers which one it was, so that the same source is not fetched a second time.
+    """
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    identity = to_json({"code": code, "source": source.identity, "limits": limits})
+    record = f"{place}/sources/{hashlib.sha256(identity).hexdigest()[:32]}.json"
+    try:
+        key = f"{place}/{store.get_json(record)['fingerprint']}"
+        about = artifacts.read_manifest(store, key, manifest_name=manifest).metadata
+        log.info("%s is in the store already: %s", source.place, key)
+        return Pulled(key, source.revision, about)
+    except (MissingObjectError, ValueError, KeyError, TypeError):
+        pass  # not seen before, or what it names is not, or no longer, complete
+    digest, files, about = make()
+    fingerprint = digest[:32]
+    key = f"{place}/{fingerprint}"
+    from_ = {"source": source.place, "revision": source.revision}
+    if store.exists(f"{key}/{manifest}"):
         log.info("%s is in the store already", key)
     else:
-        about = {"source": data.source, "revision": source.revision, "pair": data.pair, "rows": rows}
-        artifacts.publish(store, key, files, about, manifest_name=DATASET_MANIFEST)
-    return key, rows
+        artifacts.publish(store, key, files, {**from_, **about}, manifest_name=manifest)
+    store.put_json(record, {**from_, "fingerprint": fingerprint})
+    return Pulled(key, source.revision, about)
 
 
 def read_splits(data: Data, directory: Path, cache: Path) -> DatasetDict:
@@ -87,7 +147,7 @@ def read_splits(data: Data, directory: Path, cache: Path) -> DatasetDict:
 
     Raises `DataError` naming the language pair, split or column that is not as it must be.
     """
-    config = "-".join(sorted(data.languages))  # the hub names a pair by its languages in alphabetical order
+    config = data.configuration
     try:
         # The batch size is given because the default is a file's first row group, which an empty file lacks.
         found = load_dataset(str(directory), config, cache_dir=str(cache), batch_size=ROWS_AT_ONCE)
@@ -149,21 +209,6 @@ def row_digest(source: str | None, target: str | None) -> bytes:
         encoded = b"" if text is None else text.encode("utf-8", "surrogatepass")
         digest.update((b"-" if text is None else str(len(encoded)).encode()) + b":" + encoded)
     return digest.digest()
-
-
-def pull_base_model(store: Store, settings: Settings, scratch: Path) -> str:
-    """Put the base model in the store, under the fingerprint of its files, and return its key."""
-    model = settings.base_model
-    source = sources.bring(model.source, model.revision, "model", scratch)
-    files = scratch / "base-model"
-    sources.copy_files(source.directory, "model", files)
-    key = f"base-models/{model.name}/{artifacts.describe(files).fingerprint[:32]}"
-    try:
-        artifacts.read_manifest(store, key)
-        log.info("%s is in the store already", key)
-    except MissingObjectError:
-        artifacts.publish(store, key, files, {"source": model.source, "revision": source.revision})
-    return key
 
 
 def fingerprint_inputs(settings: Settings, dataset: str, base_model: str) -> str:

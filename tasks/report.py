@@ -126,13 +126,13 @@ def costs(run: Run, steps: dict[str, dict[str, Any] | None]) -> dict[str, float]
 def lineage(run: Run, steps: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
     """What the candidate is made of and was judged by."""
     pulled, prepared, evaluated = (steps[name] or {} for name in ("pull", "preprocess", "evaluate"))
-    settings = run.config["settings"]
+    settings, revisions = run.config["settings"], pulled.get("revisions", {})
     return {
         "dataset": pulled.get("dataset"),
-        "dataset's source": with_revision(settings["data"]),
+        "dataset's source": with_revision(settings["data"], revisions.get("dataset")),
         "prepared data": prepared.get("prepared"),
         "base model": pulled.get("base_model"),
-        "base model's source": with_revision(settings["base_model"]),
+        "base model's source": with_revision(settings["base_model"], revisions.get("base_model")),
         "champion": evaluated.get("champion"),
         "candidate (SHA-256)": evaluated.get("candidate_fingerprint"),
         "version": (steps["promote"] or {}).get("version"),
@@ -173,9 +173,10 @@ def drawn(plot: Callable[..., str], *figures: Any) -> Markup | None:
         return None
 
 
-def with_revision(source: dict[str, Any]) -> str:
-    """Where something was pulled from, with its commit."""
-    return f"{source['source']} at {source['revision']}" if source.get("revision") else source["source"]
+def with_revision(source: dict[str, Any], commit: str | None) -> str:
+    """Where something was pulled from, with its commit; before it was pulled, the revision that is to be pulled."""
+    revision = commit or source.get("revision")
+    return f"{source['source']} at {revision}" if revision else source["source"]
 
 
 def parts_of(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:

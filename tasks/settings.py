@@ -77,6 +77,11 @@ class Data(Section):
         source, target = self.pair.split("-")
         return source, target
 
+    @property
+    def configuration(self) -> str:
+        """The pair as the hub names it: by its languages in alphabetical order."""
+        return "-".join(sorted(self.languages))
+
 
 class BaseModelSource(Section):
     """The pretrained model that every run starts from."""

@@ -76,8 +76,8 @@ def read_parquet(setting: str, path: Path) -> pd.DataFrame:
 
 def read_dataset(setting: str, source: str, data: Data, scratch: Path) -> pd.DataFrame:
     """The test split of a dataset in the hub's layout."""
-    directory = sources.bring(source, None, "dataset", scratch).directory
-    config = "-".join(sorted(data.languages))
+    config = data.configuration
+    directory = sources.bring(sources.find(source, None, "dataset"), scratch, config)
     try:
         rows = load_dataset(str(directory), config, split="test", cache_dir=str(scratch / "cache"))
         pairs = [[pair[language] for language in data.languages] for pair in rows["translation"]]

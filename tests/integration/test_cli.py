@@ -13,7 +13,7 @@ import pytest
 import tasks
 from tasks import artifacts, registry
 from tasks.__main__ import STEPS, main
-from tasks.data.sources import bring
+from tasks.data.sources import bring, find
 from tasks.errors import DataError, SettingsError
 from tasks.storage import Store
 
@@ -197,8 +197,8 @@ def test_a_mirrored_source_is_used_like_the_original(
     assert configure(store, "data.max_train_rows=50", "data.max_eval_rows=5") == 0
     assert main(["pull", "--run", f"s3://{store.bucket}/runs/r"]) == 0
     assert store.get_json("runs/r/results/pull.json")["dataset"] == mirrored
-    brought = bring(uri, None, "dataset", tmp_path)
-    assert (brought.directory / "en-es" / "test-00000-of-00001.parquet").exists()
+    brought = bring(find(uri, None, "dataset"), tmp_path)
+    assert (brought / "en-es" / "test-00000-of-00001.parquet").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import bucket_of
+from conftest import bucket_of, free_port
+from huggingface_hub import constants
+from stand_in_hub import Hub, running_hub
 
 from scripts.object_store import Server
 from tasks import artifacts, registry
@@ -95,7 +97,7 @@ def corpus(tmp_path: Path) -> Make:
 def step(store: Store) -> Callable[..., int]:
     """Run steps of one run, the first time with the settings; returns the last exit code."""
 
-    def run(*names: str, source: Path | None = None, run: str = "r", **settings: Any) -> int:
+    def run(*names: str, source: Path | str | None = None, run: str = "r", **settings: Any) -> int:
         uri, code = f"s3://{store.bucket}/runs/{run}", 0
         if source:
             changes = {"data.source": str(source), **SMALL, **settings}
@@ -137,18 +139,87 @@ def test_the_fingerprint_is_that_of_the_rows_not_of_the_files(
     assert len(set(keys)) == 1 + len(other)
 
 
-def test_what_is_in_the_store_already_is_not_written_again(
-    store: Store, corpus: Make, step: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with running_hub(tmp_path / "hub-cache", free_port()) as hub:
+        yield hub
+
+
+@pytest.fixture
+def traffic(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The objects that were uploaded or downloaded as files, in order."""
+    seen: list[str] = []
+
+    def spy(method: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def call(store: Store, *arguments: Any, **options: Any) -> Any:
+            seen.append(arguments[place])
+            return method(store, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(Store, "upload", spy(Store.upload, 1))
+    monkeypatch.setattr(Store, "read_into", spy(Store.read_into, 0))
+    return seen
+
+
+@pytest.mark.parametrize(("kind", "looks"), [("directory", 0), ("mirror", 0), ("commit", 0), ("branch", 2)])
+def test_what_is_in_the_store_already_is_neither_fetched_nor_written_again(
+    kind: str, looks: int, *, store: Store, corpus: Make, step: Callable[..., int], hub: Hub, traffic: list[str]
+) -> None:
+    places, revisions = [str(corpus(CLEAN)), str(ROOT / "examples" / "demo" / "base-model")], ["", ""]
+    for number, name in enumerate(("dataset", "model")):
+        if kind == "mirror":
+            uri = f"s3://{store.bucket}/mirrors/{name}"
+            assert main(["mirror", places[number], "--kind", name, "--to", uri]) == 0
+            places[number] = uri
+        elif kind != "directory":
+            commit = hub.commit(f"{name}s/owner/{name}", Path(places[number]))
+            places[number], revisions[number] = f"owner/{name}", commit if kind == "commit" else "main"
+    settings = dict(zip(("data.revision", "base_model.revision"), (r or None for r in revisions), strict=True))
+    settings["base_model.source"] = places[1]
+
+    assert step("pull", source=places[0], run="first", **settings) == 0
+    first = result(store, "pull", "first")
+    traffic.clear(), hub.requests.clear()
+    shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)  # as on another machine
+    assert step("pull", source=places[0], run="again", **settings) == 0
+    assert (traffic, len(hub.requests), hub.downloads) == ([], looks, [])
+    again = result(store, "pull", "again")
+    assert {name: again[name] for name in ("dataset", "base_model", "rows", "revisions")} == {
+        name: first[name] for name in ("dataset", "base_model", "rows", "revisions")
+    }
+
+    store.delete(f"{first['dataset']}/{DATASET_MANIFEST}")  # which makes it an upload that has not finished
+    assert step("pull", source=places[0], run="whole", **settings) == 0
+    assert f"{first['dataset']}/train.parquet" in traffic
+    assert store.exists(f"{first['dataset']}/{DATASET_MANIFEST}")
+
+
+def test_a_branch_that_moves_is_pulled_anew_and_its_commit_recorded(
+    store: Store, corpus: Make, step: Callable[..., int], hub: Hub
+) -> None:
+    keys = set()
+    for run, content in (("one", CLEAN), ("two", {**CLEAN, "train": CLEAN["train"][1:]})):
+        commit = hub.commit("datasets/owner/corpus", corpus(content))
+        assert step("pull", source="owner/corpus", run=run, **{"data.revision": "main"}) == 0
+        pulled = result(store, "pull", run)
+        assert pulled["revisions"] == {"dataset": commit, "base_model": None}
+        assert store.get_json(f"{pulled['dataset']}/{DATASET_MANIFEST}")["revision"] == commit
+        keys.add(pulled["dataset"])
+    assert len(keys) == 2
+
+
+def test_a_source_is_remembered_with_the_limits_that_it_was_pulled_with(
+    store: Store, corpus: Make, step: Callable[..., int]
 ) -> None:
     source = corpus(CLEAN)
-    assert step("pull", source=source) == 0
-    written: list[str] = []
-    monkeypatch.setattr(Store, "upload", lambda _, path, key: written.append(key))
-    assert step("pull", source=source, run="again") == 0
-    assert written == []
+    for run, limit in (("all", None), ("some", 20), ("again", None)):
+        assert step("pull", source=source, run=run, **{"data.max_train_rows": limit}) == 0
+    rows = [result(store, "pull", run)["rows"]["train"] for run in ("all", "some", "again")]
+    assert rows == [len(CLEAN["train"]), 20, len(CLEAN["train"])]
 
 
-@pytest.mark.parametrize("writes", range(0, 12, 2))
+@pytest.mark.parametrize("writes", [0, 2, 3, 4, 8, 12, 13, 14])
 def test_a_pull_that_was_interrupted_leaves_nothing_that_looks_complete_and_can_be_run_again(
     writes: int, store: Store, corpus: Make, step: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
