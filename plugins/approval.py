@@ -9,6 +9,8 @@ from typing import Any
 from airflow.providers.standard.operators.hitl import HITLBranchOperator
 from airflow.sdk import Context
 
+from plugins.store_connection import use_store_connection
+
 APPROVE, REJECT = "Approve", "Reject"
 
 
@@ -41,6 +43,7 @@ class Approval(HITLBranchOperator):
     def _record(self, event: dict[str, Any]) -> None:
         from tasks.run import Run  # noqa: PLC0415  (brings boto3)
 
+        use_store_connection()
         approved = event["chosen_options"] == [APPROVE]
         who = (event["responded_by_user"] or {}).get("name")  # nobody's, when the time was up
         if approved:

@@ -34,6 +34,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from plugins.pipelines import bucket, dag_id, read_pipelines
+from plugins.store_connection import use_store_connection
 from tasks import registry
 from tasks.artifacts import Manifest, is_plain
 from tasks.errors import DataError, StepError
@@ -63,8 +64,9 @@ Name = Annotated[str, PathParameter(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,249}$
 Version = Annotated[str, Query(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,249}$")]
 
 app = FastAPI(openapi_url=None)
-everyone = APIRouter(dependencies=[Depends(requires_access_dag("GET"))])
-readers = APIRouter(prefix="/{dag_id}", dependencies=[Depends(requires_access_dag("GET"))])
+REQUIRED = [Depends(requires_access_dag("GET")), Depends(use_store_connection)]
+everyone = APIRouter(dependencies=REQUIRED)
+readers = APIRouter(prefix="/{dag_id}", dependencies=REQUIRED)
 
 
 # The pages

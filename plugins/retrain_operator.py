@@ -28,6 +28,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from plugins import metrics
 from plugins.links import LINKS, PodLink
 from plugins.pipelines import ROOT, bucket
+from plugins.store_connection import use_store_connection
 from tasks.errors import NEVER_RETRY, SettingsError
 
 # Airflow kills a task five seconds after it asked it to stop; a step that ignores SIGTERM must be gone by then.
@@ -119,6 +120,7 @@ class LocalStep(BaseOperator):
 
     def run_program(self, arguments: list[str]) -> None:
         """Run `python -m tasks` with arguments to its end. Raises with the program's own one-line reason."""
+        use_store_connection()
         self.log.info("python -m tasks %s", subprocess.list2cmdline(arguments))
         with tempfile.NamedTemporaryFile() as termination_log:
             code, last_line = self._run([sys.executable, "-m", "tasks", *arguments], termination_log.name)

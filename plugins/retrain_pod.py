@@ -35,6 +35,7 @@ from urllib3.exceptions import HTTPError
 from plugins.links import PodLink
 from plugins.pipelines import ROOT
 from plugins.retrain_operator import report_result, step_arguments
+from plugins.store_connection import use_store_connection
 from tasks.errors import NEVER_RETRY, SettingsError
 
 ATTEMPT = "retrain-attempt"  # the pods' label; the step has the same in RETRAIN_ATTEMPT
@@ -109,6 +110,7 @@ class PodStep(KubernetesPodOperator):
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the pod; returns the step's result. In deferrable mode the task goes on in `trigger_reentry`."""
+        use_store_connection()
         attempt = attempt_of(context)
         if context["ti"].try_number > 1 and self._has_result(attempt):
             self.log.info("%s was done by an earlier try, whose end nobody saw", self.step)
@@ -121,6 +123,7 @@ class PodStep(KubernetesPodOperator):
 
     def trigger_reentry(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
         """Go on after the pod has ended in deferrable mode."""
+        use_store_connection()
         attempt = event["attempt"]
         self.place = (event["namespace"], event["name"])
         self.trigger_kwargs = {"attempt": attempt}

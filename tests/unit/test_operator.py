@@ -174,6 +174,59 @@ def test_a_step_that_was_killed_says_so(monkeypatch: pytest.MonkeyPatch) -> None
         local("train", "s3://b/runs/r").execute(context())
 
 
+# The store, by an Airflow connection
+
+
+@pytest.fixture
+def by_connection(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A bucket whose address and key are in an Airflow connection, and not in the environment."""
+    said = {name: os.environ[name] for name in ("S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    for name in said:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_REGION", "a-region")  # is put back when the connection has changed it
+    connection = {
+        "conn_type": "aws",
+        "login": said["AWS_ACCESS_KEY_ID"],
+        "password": said["AWS_SECRET_ACCESS_KEY"],
+        "extra": {"endpoint_url": said["S3_ENDPOINT_URL"], "region_name": "eu-central-1"},
+    }
+    monkeypatch.setenv("AIRFLOW_CONN_STORE", json.dumps(connection))
+    monkeypatch.setenv("RETRAIN_STORE_CONN_ID", "store")
+    return bucket
+
+
+def test_a_step_reaches_the_store_by_a_connection_whose_key_nobody_sees(
+    by_connection: Store, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    uri = f"s3://{by_connection.bucket}/runs/by-connection"
+    result = local("configure", uri, pipeline_file="config/demo.yaml").execute(context())
+    assert result == by_connection.get_json("runs/by-connection/results/configure.json")
+    assert os.environ["AWS_REGION"] == "eu-central-1"
+    secret = json.loads(os.environ["AIRFLOW_CONN_STORE"])["password"]
+    stored = [by_connection.get(entry.key).decode() for entry in by_connection.list("runs/by-connection/")]
+    shown = "".join([caplog.text, *stored, json.dumps(result), *capfd.readouterr()])
+    assert "configure: done in" in shown
+    assert secret not in shown
+
+
+@pytest.mark.parametrize(
+    ("connection", "message"),
+    [
+        (None, "RETRAIN_STORE_CONN_ID is 'store', and there is no such connection"),
+        ({"extra": {"verify": False}}, "'store' has False where text for AWS_CA_BUNDLE was expected"),
+    ],
+)
+def test_a_connection_that_cannot_be_used_is_not_tried_again(
+    connection: dict[str, Any] | None, message: str, monkeypatch: pytest.MonkeyPatch, airflow_database: None
+) -> None:
+    monkeypatch.setenv("RETRAIN_STORE_CONN_ID", "store")
+    if connection:
+        monkeypatch.setenv("AIRFLOW_CONN_STORE", json.dumps({"conn_type": "aws", **connection}))
+    with pytest.raises(AirflowFailException, match=message):
+        local("configure", "s3://b/runs/r", pipeline_file="config/demo.yaml").execute(context())
+
+
 # The process, with real processes
 
 
