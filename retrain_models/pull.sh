@@ -10,7 +10,7 @@ get() { # KEY: an object's content
   if command -v aws >/dev/null; then
     aws ${S3_ENDPOINT_URL:+--endpoint-url "$S3_ENDPOINT_URL"} s3 cp --only-show-errors "s3://$RETRAIN_BUCKET/$1" -
   else
-    curl --silent --show-error --fail --aws-sigv4 "aws:amz:${AWS_REGION:-us-east-1}:s3" \
+    curl --silent --show-error --fail ${AWS_CA_BUNDLE:+--cacert "$AWS_CA_BUNDLE"} --aws-sigv4 "aws:amz:${AWS_REGION:-us-east-1}:s3" \
       --config <(echo "user = \"$AWS_ACCESS_KEY_ID:$AWS_SECRET_ACCESS_KEY\"") "$S3_ENDPOINT_URL/$RETRAIN_BUCKET/$1"
   fi
 }

@@ -34,6 +34,7 @@ from botocore.exceptions import (
     ProfileNotFound,
     ReadTimeoutError,
     ResponseStreamingError,
+    SSLError,
 )
 from urllib3.exceptions import HTTPError
 
@@ -91,6 +92,8 @@ class Bucket:
         style = os.environ.get("S3_ADDRESSING_STYLE") or "auto"
         if style not in {"auto", "path", "virtual"}:
             raise SettingsError(f"S3_ADDRESSING_STYLE is {style!r}: expected path, virtual or auto")
+        if (bundle := os.environ.get("AWS_CA_BUNDLE")) and not Path(bundle).exists():
+            raise SettingsError(f"AWS_CA_BUNDLE is {bundle!r}, and there is no such file")
         # A client may be shared by threads; the session that makes it may not, so it is not the default one.
         session = boto3.session.Session()
         return session.client(
@@ -123,6 +126,13 @@ class Bucket:
             ) from error
         except (ParamValidationError, ProfileNotFound, ConfigParseError) as error:
             raise StoreRefusedError(f"cannot {action} {where}: {error}") from error
+        except SSLError as error:
+            if "CERTIFICATE_VERIFY_FAILED" not in str(error):  # a connection that broke off
+                raise StoreUnreachableError(f"the object store could not {action} {where}: {error}") from error
+            raise StoreRefusedError(
+                f"the certificate of {self.endpoint or 'AWS'} is not trusted ({error}): set AWS_CA_BUNDLE to the file "
+                f"of the CA that signed it"
+            ) from error
         except (BotoCoreError, HTTPError) as error:
             raise StoreUnreachableError(
                 f"the object store at {self.endpoint or 'AWS'} could not {action} {where}: {error}"
@@ -142,6 +152,8 @@ class Bucket:
             return ConflictError(f"{where} was written by somebody else in the meantime")
         if code == "RequestTimeTooSkewed":
             return StoreRefusedError(f"{refused}this machine's clock and the store's are too far apart: set the clock")
+        if code.lower().startswith("kms"):
+            return StoreRefusedError(f"{refused}check the encryption key, S3_KMS_KEY_ID")
         if code == "XMinioStorageFull":  # MinIO's: 507 where others fill up with 500
             return StoreUnreachableError(f"{refused}its disk is full")
         permission = PERMISSIONS[action]
