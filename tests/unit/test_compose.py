@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -75,6 +76,14 @@ def test_airflow_does_not_have_the_stores_root_key(env: Path) -> None:
             assert values["MINIO_ROOT_PASSWORD"] not in json.dumps(service)
     keys = [values[name] for name in values if name.endswith("ACCESS_KEY") or name == "MINIO_ROOT_PASSWORD"]
     assert len(set(keys)) == 3
+
+
+def test_the_stores_users_get_the_policies_of_the_documentation(env: Path) -> None:
+    mounts = {mount["target"]: Path(mount["source"]) for mount in read(env)["object-store-users"]["volumes"]}
+    policies = {path.stem for path in mounts["/policies"].glob("*.json")}
+    given = re.findall(r'^.*\ballow "\$\w+" "\$\w+" (.+)$', mounts["/users.sh"].read_text(), re.MULTILINE)
+    assert [roles.split() for roles in given] == [["trainer", "promoter", "pruner"], ["reader"]]
+    assert policies == {"trainer", "promoter", "pruner", "reader"}
 
 
 def test_no_password_is_in_the_file(env: Path) -> None:
