@@ -96,7 +96,7 @@ class PodStep(KubernetesPodOperator):
         if context:
             self.arguments = step_arguments(self.step, self.run_uri, self.pipeline_file, context)
             # The image is for the model's lineage: a container cannot see which one it runs in.
-            self.env_vars = {"RETRAIN_ATTEMPT": attempt_of(context), "RETRAIN_IMAGE": self.image}
+            self.env_vars = {"RETRAIN_ATTEMPT": attempt_of(context), "RETRAIN_IMAGE": str(self.image)}
         return super().build_pod_request_obj(context, dry_run=dry_run)
 
     def get_or_create_pod(self, pod_request_obj: k8s.V1Pod, context: Context) -> k8s.V1Pod:
