@@ -28,7 +28,7 @@ from plugins.alerts import Alert
 from plugins.approval import Approval, checks_table
 from plugins.gpu_pool import GPU_POOL
 from plugins.links import page_url
-from plugins.pipelines import ROOT, bucket, dag_id, model_asset, read_pipelines, run_id
+from plugins.pipelines import RETRIES, ROOT, bucket, dag_id, model_asset, read_pipelines, run_id
 from plugins.retrain_operator import RollBack, step_operator
 from tasks.settings import Settings, form_fields
 
@@ -58,13 +58,6 @@ STEPS = {
     "promote": Step("Promote to production", timedelta(hours=1)),
     "reject": Step("Reject", timedelta(minutes=15)),
     "report": Step("Write the report", timedelta(minutes=30)),
-}
-
-RETRIES = {
-    "retries": 3,
-    "retry_delay": timedelta(minutes=1),
-    "retry_exponential_backoff": 2.0,  # after 1, 2 and 4 minutes
-    "max_retry_delay": timedelta(minutes=15),
 }
 
 DAG_DOC = """

@@ -23,6 +23,7 @@ from airflow.sdk.definitions.callback import AsyncCallback
 from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
 
 from plugins.pipelines import bucket
+from plugins.store_connection import use_store_connection
 from tasks.settings import Operation, Settings
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ def stale(settings: Settings) -> str:
     from tasks import registry  # noqa: PLC0415  (brings boto3)
     from tasks.storage import Store  # noqa: PLC0415
 
+    use_store_connection()
     store = Store(bucket())
     pointer = registry.read_pointer(store, settings.name)
     if pointer is None:

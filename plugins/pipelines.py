@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from datetime import timedelta
 from pathlib import Path
 
 from airflow.sdk import Asset
@@ -13,6 +14,13 @@ from tasks.errors import SettingsError
 from tasks.settings import Settings, load
 
 ROOT = Path(__file__).parent.parent
+
+RETRIES = {
+    "retries": 3,
+    "retry_delay": timedelta(minutes=1),
+    "retry_exponential_backoff": 2.0,  # after 1, 2 and 4 minutes
+    "max_retry_delay": timedelta(minutes=15),
+}
 
 
 def bucket() -> str:

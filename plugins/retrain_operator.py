@@ -113,7 +113,7 @@ class LocalStep(BaseOperator):
         self.pipeline_file = pipeline_file
         self._process: subprocess.Popen[str] | None = None
 
-    def execute(self, context: Context) -> dict[str, Any]:
+    def execute(self, context: Context) -> dict[str, Any] | None:
         """Run the step; returns its result. Raises with the step's own one-line reason."""
         self.run_program(step_arguments(self.step, self.run_uri, self.pipeline_file, context))
         return report_result(self, context)
@@ -166,6 +166,23 @@ class LocalStep(BaseOperator):
                 process.wait(GRACE)
                 return
             os.killpg(process.pid, signal.SIGKILL)
+
+
+class Command(LocalStep):
+    """Runs `python -m tasks` with any arguments, without a run; always a process of this worker.
+
+    :param arguments: what follows `python -m tasks` (templated); empty ones are left out
+    """
+
+    template_fields: tuple[str, ...] = ("arguments",)
+
+    def __init__(self, *, arguments: list[str], **kwargs: Any) -> None:
+        super().__init__(step=arguments[0], run_uri="", **kwargs)
+        self.arguments = arguments
+
+    def execute(self, context: Context) -> None:
+        """Run it to its end. Raises with the program's own one-line reason."""
+        self.run_program([argument for argument in self.arguments if argument])
 
 
 class RollBack(LocalStep):

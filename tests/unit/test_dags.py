@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pendulum
 import pytest
@@ -47,7 +49,10 @@ def test_each_file_in_config_is_a_dag(bag: DagBag) -> None:
     assert bag.import_errors == {}
     names = {load(file).name for file in (ROOT / "config").glob("*.yaml")}
     ids = {name.replace("-", "_") for name in names}
-    assert set(bag.dags) == {f"{what}_{name}" for what in ("retrain", "rollback") for name in ids} | {"on_promotion"}
+    assert set(bag.dags) == {f"{what}_{name}" for what in ("retrain", "rollback") for name in ids} | {
+        "on_promotion",
+        "prune",
+    }
 
 
 def test_flow(demo: DAG) -> None:
@@ -139,7 +144,7 @@ def test_dag_files_import_nothing_heavy() -> None:
 import runpy, sys
 import airflow.sdk, airflow.providers.standard.operators.empty  # what Airflow itself brings is not the file's fault
 before = set(sys.modules)
-for file in ("retrain", "unusable_pipelines"):
+for file in ("prune", "retrain", "unusable_pipelines"):
     runpy.run_path(f"dags/{{file}}.py")
 print(*[name for name in {HEAVY} if name in set(sys.modules) - before])
 """
@@ -162,7 +167,7 @@ def test_broken_file_is_an_import_error_and_the_others_stay(configs: Path) -> No
     )
     (configs / "torn.yaml").write_text("name: [")
     bag = DagBag(ROOT / "dags")
-    assert set(bag.dags) == {"retrain_demo", "rollback_demo", "on_promotion"}
+    assert set(bag.dags) == {"retrain_demo", "rollback_demo", "on_promotion", "prune"}
     ((file, error),) = bag.import_errors.items()
     assert file.endswith("unusable_pipelines.py")
     assert "broken.yaml: training.epochs: " in error
@@ -173,7 +178,7 @@ def test_broken_file_is_an_import_error_and_the_others_stay(configs: Path) -> No
 def test_two_files_with_one_name_are_an_import_error(configs: Path) -> None:
     (configs / "second.yaml").write_text((configs / "good.yaml").read_text())
     bag = DagBag(ROOT / "dags")
-    assert set(bag.dags) == {"retrain_demo", "rollback_demo", "on_promotion"}
+    assert set(bag.dags) == {"retrain_demo", "rollback_demo", "on_promotion", "prune"}
     assert "second.yaml: name: 'demo' is taken by" in next(iter(bag.import_errors.values()))
 
 
@@ -181,7 +186,7 @@ def test_schedule_that_is_none_is_an_import_error(configs: Path) -> None:
     text = (configs / "good.yaml").read_text().replace("name: demo", "name: late")
     (configs / "late.yaml").write_text(re.sub("schedule: .*", "schedule: every monday", text))
     bag = DagBag(ROOT / "dags")
-    assert set(bag.dags) == {"retrain_demo", "rollback_demo", "on_promotion"}
+    assert set(bag.dags) == {"retrain_demo", "rollback_demo", "on_promotion", "prune"}
     assert "late.yaml: schedule: expected a cron expression" in next(iter(bag.import_errors.values()))
 
 
@@ -244,6 +249,27 @@ def test_rolling_back_needs_a_version_and_a_reason(bag: DagBag) -> None:
         assert dag.params.get_param(name).resolve("2026-11-24-abc")
 
 
+@pytest.mark.parametrize(
+    ("run_type", "ticked", "deletes"),
+    [("manual", False, False), ("manual", True, True), ("scheduled", False, True)],
+)
+def test_the_store_is_pruned_on_schedule_and_by_hand_only_when_it_is_said(
+    run_type: str, ticked: bool, deletes: bool, bag: DagBag
+) -> None:
+    dag = bag.dags["prune"]
+    context: Any = {"params": {"delete": ticked, "keep": 3, "days": 20}, "dag_run": SimpleNamespace(run_type=run_type)}
+    said = {}
+    for task in dag.tasks:
+        task.render_template_fields(context)
+        said[task.task_id] = [argument for argument in task.arguments if argument]
+    how = ["--bucket", "retrain", *([] if deletes else ["--dry-run"])]
+    assert said == {
+        "versions_demo": ["models", "prune", "demo", "--keep", "3", *how],
+        "versions_en_es": ["models", "prune", "en-es", "--keep", "3", *how],
+        "runs": ["prune-runs", "--days", "20", *how],
+    }
+
+
 def test_the_gpu_is_shared_by_priority(configs: Path) -> None:
     text = (configs / "good.yaml").read_text().replace("name: demo", "name: urgent")
     (configs / "urgent.yaml").write_text(f"{text}\noperation: {{priority: 9}}\n")
@@ -267,4 +293,4 @@ def test_twenty_pipelines_are_read(configs: Path) -> None:
         (configs / f"{number}.yaml").write_text(text.replace("name: demo", f"name: pair-{number}"))
     bag = DagBag(ROOT / "dags")
     assert bag.import_errors == {}
-    assert len(bag.dags) == 41
+    assert len(bag.dags) == 42

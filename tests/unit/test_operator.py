@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from plugins.pipelines import run_id
 from plugins.retrain_operator import (
+    Command,
     LocalStep,
     RollBack,
     changed_settings,
@@ -172,6 +173,19 @@ def test_a_step_that_was_killed_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(LocalStep, "_run", lambda *_: (-signal.SIGKILL, ""))
     with pytest.raises(AirflowException, match="train was stopped by SIGKILL: the machine may have run out of memory"):
         local("train", "s3://b/runs/r").execute(context())
+
+
+def test_a_command_needs_no_run_and_fails_as_a_step_does(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for version in ("1", "2"):
+        (tmp_path / "old" / "config.json").write_text(version)
+        registry.publish(store, "m", version, tmp_path / "old", {})
+    prune = ["models", "prune", "m", "--bucket", store.bucket, "--keep"]
+    for arguments, left in (([*prune, "1", "--dry-run"], ["1", "2"]), ([*prune, "1", ""], ["2"])):
+        Command(task_id="prune", arguments=arguments).execute(context())
+        assert registry.versions(store, "m") == left
+    with pytest.raises(AirflowFailException, match=r"models: .*invalid _positive value: '0'"):
+        Command(task_id="prune", arguments=[*prune, "0"]).execute(context())
 
 
 # The store, by an Airflow connection
