@@ -95,7 +95,12 @@ def validate(corpus: Path, files: Path, scratch: Path) -> None:
     step.count_characters(paths["train"], marks["train"])
     tokenizer = load_tokenizer(BASE)
     wholes = {s: step.describe(marks[s], step.unknown_rate(tokenizer, paths[s], marks[s])) for s in SPLITS}
-    step.judge(marks, wholes, settings.validation, scratch / "docs")
+    judge, limits = step.Judge(scratch / "docs"), settings.validation
+    for split in SPLITS:
+        rows = len(marks[split])
+        judge.check(f"{split}, columns", split, step.first_rows(paths[split]), step.suite_of_columns())
+        judge.check(f"{split}, pair by pair", split, marks[split][["row", *step.COLUMNS]], step.suite_of_pairs(limits, rows))
+        judge.check(f"{split} as a whole", split, step.one_row(wholes[split]), step.suite_of_split(split, limits))
 
 
 def validate_one_frame(corpus: Path, files: Path, scratch: Path) -> None:

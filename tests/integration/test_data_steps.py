@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 import random
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -443,7 +445,7 @@ def test_preprocessing_the_same_again_is_one_look_up(
         ),
         (
             {"train": [*CLEAN["train"], *[(f"Madrid {n}", f"Madrid {n}") for n in range(40)]]},
-            {"validation.max_one_fault": 0.5},
+            {"validation.mostly_by_rule": {"identical": 0.5}},
             "train: set_aside is 0.25, at most 0.1 is allowed (few pairs may be set aside",
         ),
         (
@@ -507,22 +509,58 @@ def test_production_whose_dataset_is_gone_is_no_obstacle(store: Store, corpus: M
     assert result(store, "validate")["drift"] is None
 
 
-@pytest.mark.parametrize("fault", ["column", "type"])
-def test_a_dataset_of_another_schema_is_refused(
-    fault: str, store: Store, corpus: Make, step: Callable[..., int], reason: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda table: table.rename(columns={"target": "es"}),
+            "the columns are source, es, expected source and target",
+        ),
+        (lambda table: table.assign(extra=1), "the columns are source, target, extra, expected source and target"),
+        (lambda table: table.assign(target=3), "target holds int64, expected text (a side is text)"),
+        (lambda table: table.assign(source=b"bytes"), "source holds object, expected text (a side is text)"),
+        (lambda table: table.iloc[:-1], "109 pairs, expected 110 (every pair that was pulled is looked at)"),
+    ],
+)
+def test_a_dataset_that_is_not_as_pull_wrote_it_is_refused(
+    change: Callable[[pd.DataFrame], pd.DataFrame],
+    sentence: str,
+    *,
+    store: Store,
+    corpus: Make,
+    step: Callable[..., int],
+    reason: Path,
+    tmp_path: Path,
 ) -> None:
     assert step("pull", source=corpus(CLEAN)) == 0
     key = result(store, "pull")["dataset"]
     artifacts.fetch(store, key, tmp_path / "data", manifest_name=DATASET_MANIFEST)
-    table = pd.read_parquet(tmp_path / "data" / "test.parquet")
-    table = table.rename(columns={"target": "es"}) if fault == "column" else table.assign(target=3)
-    table.to_parquet(tmp_path / "data" / "test.parquet", index=False)
+    change(pd.read_parquet(tmp_path / "data" / "test.parquet")).to_parquet(
+        tmp_path / "data" / "test.parquet", index=False
+    )
     artifacts.publish(store, f"{key}-other", tmp_path / "data", {}, manifest_name=DATASET_MANIFEST)
     run = Run.at(f"s3://{store.bucket}/runs/r")
     run.save_result("pull", {**run.result("pull"), "dataset": f"{key}-other"})
     assert step("validate") == 65
-    assert "test.parquet of the dataset has the columns" in reason.read_text()
-    assert "expected source and target, both string" in reason.read_text()
+    assert f"training: test: {sentence}" in reason.read_text()
+    for name in ("index.html", "docs/index.html", "result.json", "quarantine.parquet"):
+        assert store.exists(f"runs/r/validation/{name}")
+    page = html.unescape(store.get("runs/r/validation/index.html").decode())
+    assert sentence in page
+    assert page.count(">fails<") == page.count('<p class="bad">')
+
+
+def test_each_rule_has_a_limit_of_its_own(store: Store, corpus: Make, step: Callable[..., int], reason: Path) -> None:
+    """One pair in a hundred is refused where the file says so, and all of them where preprocessing mends them."""
+    composed = [(source, unicodedata.normalize("NFD", f"{target} ¿Qué?")) for source, target in CLEAN["test"]]
+    source = corpus({**CLEAN, "test": composed, "train": [("Madrid", "Madrid"), *CLEAN["train"]]})
+    assert step("pull", "validate", source=source) == 0
+    assert result(store, "validate")["quarantined"]["not_composed"] == len(composed)
+    limits = {"validation.mostly_by_rule": {"identical": 0.995, "not_composed": 0.5}}
+    assert step("pull", "validate", source=source, run="strict", **limits) == 65
+    assert "train: identical in 0.8% of the pairs, at most 0.5% may" in reason.read_text()
+    assert "test: not_composed in 100.0% of the pairs, at most 50.0% may" in reason.read_text()
+    assert result(store, "pull", "strict")["changed"]
 
 
 def test_what_is_prepared_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 import unicodedata
+from typing import get_args
 
 import pandas as pd
 import pyarrow as pa
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from tasks.data.rules import COLUMNS, FATAL, Judged, another_language, mark, mark_repeated, pairs_of, reasons
 from tasks.pull import SPLITS
-from tasks.settings import Validation
+from tasks.settings import RuleName, Validation
 
 Side = str | None
 Row = tuple[Side, Side]
@@ -44,6 +45,10 @@ def found(marks: dict[str, pd.DataFrame]) -> set[tuple[str, int, str]]:
         for column in COLUMNS
         for row in table.loc[table[column].notna(), "row"]
     }
+
+
+def test_the_settings_know_every_rule() -> None:
+    assert list(get_args(RuleName)) == COLUMNS
 
 
 def test_clean_pairs_break_no_rule() -> None:
