@@ -1,17 +1,21 @@
 #!/bin/bash
 # Pull a model with what a shell has: an S3 client (awscli, or curl), jq and sha256sum.
 #
-#   RETRAIN_BUCKET=retrain retrain_models/pull.sh en-es model            # production, into ./model
-#   RETRAIN_BUCKET=retrain retrain_models/pull.sh en-es model VERSION
+#   retrain_models/pull.sh en-es model            # production, into ./model
+#   retrain_models/pull.sh en-es model VERSION
+#
+# The bucket is RETRAIN_BUCKET (retrain), the store S3_ENDPOINT_URL (for curl it must be there), the key AWS_ACCESS_KEY_ID
+# and AWS_SECRET_ACCESS_KEY.
 set -euo pipefail
-name=$1 directory=$2 version=${3:-}
+[ $# -ge 2 ] || { echo "usage: $0 NAME DIRECTORY [VERSION]" >&2; exit 2; }
+name=$1 directory=$2 version=${3:-} bucket=${RETRAIN_BUCKET:-retrain}
 
 get() { # KEY: an object's content
   if command -v aws >/dev/null; then
-    aws ${S3_ENDPOINT_URL:+--endpoint-url "$S3_ENDPOINT_URL"} s3 cp --only-show-errors "s3://$RETRAIN_BUCKET/$1" -
+    aws ${S3_ENDPOINT_URL:+--endpoint-url "$S3_ENDPOINT_URL"} s3 cp --only-show-errors "s3://$bucket/$1" -
   else
     curl --silent --show-error --fail ${AWS_CA_BUNDLE:+--cacert "$AWS_CA_BUNDLE"} --aws-sigv4 "aws:amz:${AWS_REGION:-us-east-1}:s3" \
-      --config <(echo "user = \"$AWS_ACCESS_KEY_ID:$AWS_SECRET_ACCESS_KEY\"") "$S3_ENDPOINT_URL/$RETRAIN_BUCKET/$1"
+      --config <(echo "user = \"$AWS_ACCESS_KEY_ID:$AWS_SECRET_ACCESS_KEY\"") "$S3_ENDPOINT_URL/$bucket/$1"
   fi
 }
 

@@ -65,8 +65,8 @@ class Service:
             try:
                 for version in retrain_models.watch(self.model, self.alias, seconds=self.seconds):
                     self.swap(version)
-            except retrain_models.StepError:
-                log.exception("production of %s cannot be followed; trying again", self.model)
+            except retrain_models.StepError as error:
+                log.error("%s of %s cannot be followed, trying again: %s", self.alias, self.model, error)  # noqa: TRY400
                 self.counts["watch_failures"] += 1
             time.sleep(self.seconds)
 
@@ -75,12 +75,13 @@ class Service:
         try:
             serving = self.prepare(version)
         except Exception:
-            log.exception("%s %s is not served; %s stays", self.model, version, self.serving and self.serving.version)
+            stays = f"{self.serving.version} stays" if self.serving else "there is no other"
+            log.exception("%s %s is not served; %s", self.model, version, stays)
             self.counts["models_refused"] += 1
             return
         before, self.serving = self.serving, serving
         self.counts["models_served"] += 1
-        log.info("%s %s is served", self.model, version)
+        log.info("%s %s is served, with %s", self.model, version, serving.engine)
         for directory in self.folder.iterdir():
             if directory.name not in {version, before and before.version}:
                 shutil.rmtree(directory)
@@ -103,6 +104,8 @@ service = Service()
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     """Follow production as long as the application runs."""
+    logging.basicConfig(level=logging.INFO)
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     threading.Thread(target=service.follow, daemon=True).start()
     yield
 
