@@ -99,7 +99,9 @@ def validate(corpus: Path, files: Path, scratch: Path) -> None:
     for split in SPLITS:
         rows = len(marks[split])
         judge.check(f"{split}, columns", split, step.first_rows(paths[split]), step.suite_of_columns())
-        judge.check(f"{split}, pair by pair", split, marks[split][["row", *step.COLUMNS]], step.suite_of_pairs(limits, rows))
+        judge.check(
+            f"{split}, pair by pair", split, marks[split][["row", *step.COLUMNS]], step.suite_of_pairs(limits, rows)
+        )
         judge.check(f"{split} as a whole", split, step.one_row(wholes[split]), step.suite_of_split(split, limits))
 
 

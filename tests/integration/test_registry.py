@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retrain_models.registry import stored_pointer
-from tasks import artifacts, promote, registry, reject
+from tasks import artifacts, progress, promote, registry, reject
 from tasks.errors import DataError
 from tasks.registry import Event, ProductionMovedError
 from tasks.run import Run
@@ -307,6 +308,23 @@ def test_what_an_earlier_version_has_is_not_uploaded_again(
         registry.pull(store, MODEL, version, tmp_path / version)
         assert (tmp_path / version / "trained").read_text() == version
         assert (tmp_path / version / "frozen").read_bytes() == b"f" * 1000
+
+
+def test_an_upload_shows_how_far_it_is(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(bytes(20_000_000))
+    registry.publish(store, MODEL, "1", tmp_path / "model", {})
+    lines = [record.getMessage() for record in caplog.records if record.name == "tasks.progress"]
+    assert len(lines) > 1
+    assert re.match(r"upload m 1: [\d,]+/20,000,000 bytes \(\d+%\), [\d,]+/s, \d+:\d\d left", lines[0])
+    assert lines[-1].startswith("upload m 1: 20,000,000/20,000,000 bytes (100%)")
+    caplog.clear()
+    registry.publish(store, MODEL, "2", tmp_path / "model", {})  # there is nothing to upload
+    assert not [record for record in caplog.records if record.name == "tasks.progress"]
 
 
 def test_a_shared_file_that_was_lost_is_uploaded_again(store: Store, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -177,6 +178,22 @@ def test_no_credentials_at_all_say_which_to_set(
         monkeypatch.setenv(name, str(tmp_path / "none"))
     with pytest.raises(StoreRefusedError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
         Store("retrain").get("k")
+
+
+def test_a_profile_gives_key_and_region(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The usual chain, for one of its other ends."""
+    store.put("k", b"1")
+    key, secret = (os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
+    (tmp_path / "credentials").write_text(f"[team]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
+    (tmp_path / "config").write_text("[profile team]\nregion = eu-west-3\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "team")
+    by_profile = Store(store.bucket)
+    assert by_profile.get("k") == b"1"
+    assert by_profile._client.meta.region_name == "eu-west-3"
 
 
 @pytest.mark.parametrize("action", ACTIONS)
