@@ -97,11 +97,9 @@ def validate(corpus: Path, files: Path, scratch: Path) -> None:
     wholes = {s: step.describe(marks[s], step.unknown_rate(tokenizer, paths[s], marks[s])) for s in SPLITS}
     judge, limits = step.Judge(scratch / "docs"), settings.validation
     for split in SPLITS:
-        rows = len(marks[split])
+        pairs = marks[split][["row", *step.COLUMNS]]
         judge.check(f"{split}, columns", split, step.first_rows(paths[split]), step.suite_of_columns())
-        judge.check(
-            f"{split}, pair by pair", split, marks[split][["row", *step.COLUMNS]], step.suite_of_pairs(limits, rows)
-        )
+        judge.check(f"{split}, pair by pair", split, pairs, step.suite_of_pairs(limits, len(pairs)))
         judge.check(f"{split} as a whole", split, step.one_row(wholes[split]), step.suite_of_split(split, limits))
 
 
@@ -133,10 +131,10 @@ def preprocess(corpus: Path, files: Path, scratch: Path) -> None:
     from tasks.data.tokenizer import load_tokenizer
     from tasks.preprocess import prepare
 
-    backend, settings = load_tokenizer(BASE).backend_tokenizer, settings_of(corpus).preprocessing
+    tokenizer, settings = load_tokenizer(BASE).backend_tokenizer, settings_of(corpus).preprocessing
     for split in SPLITS:
         output = scratch / f"{split}.arrow"
-        prepare(files / f"{split}.parquet", np.array([], int), output, backend=backend, settings=settings)
+        prepare(files / f"{split}.parquet", np.array([], int), output, tokenizer=tokenizer, settings=settings)
     print(f"{sum(path.stat().st_size for path in scratch.glob('*.arrow')):,} bytes", file=sys.stderr)
 
 

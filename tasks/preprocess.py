@@ -29,9 +29,9 @@ import pyarrow.parquet as pq
 import tokenizers
 
 from tasks import artifacts
+from tasks.data.encoding import SCHEMA, Encoder, encode
 from tasks.data.parallel import in_order, processes_for
 from tasks.data.prepared import TOKENIZER
-from tasks.data.text import normalise
 from tasks.data.tokenizer import extend, fetch_tokenizer, load_tokenizer
 from tasks.pull import DATASET_MANIFEST, SPLITS
 from tasks.run import Run
@@ -41,10 +41,9 @@ from tasks.storage import MissingObjectError, to_json
 log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 5_000
-IDS = pa.list_(pa.int32())
-SCHEMA = pa.schema([("source", pa.string()), ("target", pa.string()), ("input_ids", IDS), ("labels", IDS)])
 CODE = (
     "preprocess.py",
+    "data/encoding.py",
     "data/prepared.py",
     "data/text.py",
     "data/tokenizer.py",
@@ -74,12 +73,12 @@ def run(run: Run) -> dict[str, Any]:
         except MissingObjectError:
             prepared = scratch / "prepared"
             extend(fetch_tokenizer(run.store, pulled["base_model"], scratch), characters, prepared / TOKENIZER)
-            backend = load_tokenizer(prepared / TOKENIZER).backend_tokenizer
+            tokenizer = load_tokenizer(prepared / TOKENIZER).backend_tokenizer
             artifacts.fetch(run.store, pulled["dataset"], scratch / "data", manifest_name=DATASET_MANIFEST)
             about = {"characters": "".join(characters), "rows": {}, "truncated": {}}
             for split in SPLITS:
                 texts, output = scratch / "data" / f"{split}.parquet", prepared / f"{split}.arrow"
-                counts = prepare(texts, aside[split], output, backend=backend, settings=settings)
+                counts = prepare(texts, aside[split], output, tokenizer=tokenizer, settings=settings)
                 about["rows"][split], about["truncated"][split] = counts
             artifacts.publish(run.store, key, prepared, about)
     rows, cut = sum(about["rows"].values()), sum(about["truncated"].values())
@@ -107,12 +106,13 @@ def prepare(
     aside: np.ndarray,
     output: Path,
     *,
-    backend: tokenizers.Tokenizer,
+    tokenizer: tokenizers.Tokenizer,
     settings: Preprocessing,
     processes: int | None = None,
 ) -> tuple[int, int]:
     """Write a split's token ids as an Arrow file; returns the number of its pairs, and how many were truncated."""
-    function = functools.partial(encode, backend=backend, prompt=settings.prompt, max_tokens=settings.max_tokens)
+    encoder = Encoder(tokenizer)
+    function = functools.partial(encode, encoder=encoder, prompt=settings.prompt, max_tokens=settings.max_tokens)
     processes = processes or processes_for(pq.ParquetFile(texts).metadata.num_rows)
     rows = truncated = 0
     with pa.OSFile(str(output), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
@@ -130,27 +130,3 @@ def usable(texts: Path, aside: np.ndarray) -> Iterator[pa.RecordBatch]:
         rows = np.arange(first, first + batch.num_rows)
         yield batch.filter(pa.array(~np.isin(rows, aside, assume_unique=True)))
         first += batch.num_rows
-
-
-def encode(texts: pa.RecordBatch, backend: tokenizers.Tokenizer, prompt: str, max_tokens: int) -> pa.RecordBatch:
-    """Token ids of pairs, unpadded: `input_ids` (prompt and source), `labels` (target); each ends in the end token.
-
-    Beside them the normalised `source` and `target`, and `truncated`: whether a side had more than `max_tokens`.
-    """
-    backend.no_truncation()  # what is cut is counted, and keeps its end token
-    backend.no_padding()
-    source, target = ([normalise(text) for text in texts[side].to_pylist()] for side in ("source", "target"))
-    inputs = [encoding.ids for encoding in backend.encode_batch_fast([prompt + text for text in source])]
-    labels = [encoding.ids for encoding in backend.encode_batch_fast(target)]
-    columns = {
-        "source": source,
-        "target": target,
-        "input_ids": [_cut(ids, max_tokens) for ids in inputs],
-        "labels": [_cut(ids, max_tokens) for ids in labels],
-        "truncated": [max(len(i), len(t)) > max_tokens for i, t in zip(inputs, labels, strict=True)],
-    }
-    return pa.RecordBatch.from_pydict(columns, SCHEMA.append(pa.field("truncated", pa.bool_())))
-
-
-def _cut(ids: list[int], length: int) -> list[int]:
-    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]

@@ -40,6 +40,7 @@ import pyarrow.parquet as pq
 
 from tasks import artifacts, registry
 from tasks.data import drift
+from tasks.data.encoding import Encoder
 from tasks.data.parallel import in_order, processes_for
 from tasks.data.rules import COLUMNS, RULES, Judged, Pair, Rule, mark, mark_repeated, pairs_of, reasons
 from tasks.data.text import normalise
@@ -213,11 +214,12 @@ def say_what_is_left_out(characters: Choice, total: int) -> None:
 
 def unknown_rate(tokenizer: Any, path: Path, marks: pd.DataFrame) -> float:
     """The share of the usable targets' tokens that are the unknown token."""
+    encoder = Encoder(tokenizer.backend_tokenizer)
     unknown = tokens = 0
     for texts in usable_targets(path, marks):
-        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-            unknown += encoding.ids.count(tokenizer.unk_token_id)
-            tokens += len(encoding.ids)
+        ids = encoder(pa.array(texts, pa.string())).values.to_numpy()
+        unknown += int(np.count_nonzero(ids == tokenizer.unk_token_id))
+        tokens += len(ids)
     return unknown / max(1, tokens)
 
 

@@ -43,6 +43,7 @@ def _processors() -> int:
 
 
 def _start(function: Callable[[Any], Any]) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processors are shared out already
     global _function  # noqa: PLW0603  sent once to each process, not with every item
     _function = function
 

@@ -9,6 +9,7 @@ import unicodedata
 ENTITY = re.compile(r"&(?:[A-Za-z]{2,8}\d{0,2}|#\d{1,6}|#[xX][0-9A-Fa-f]{1,6});")
 # Typographic quotes say the same as plain ones; soft hyphens, zero-width spaces and byte-order marks say nothing.
 PLAIN = str.maketrans("“”„‟‘’‚‛", "\"\"\"\"''''", "\u00ad\u200b\u2060\ufeff")
+NOT_PLAIN = re.compile("[" + "".join(map(chr, PLAIN)) + "]")
 NOT_WORDS = re.compile(r"[\W_]+")
 
 
@@ -31,7 +32,9 @@ def fold(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return unicodedata.normalize("NFC", text.translate(PLAIN))
+    if text.isascii():
+        return text
+    return unicodedata.normalize("NFC", text.translate(PLAIN) if NOT_PLAIN.search(text) else text)
 
 
 def _character(entity: re.Match[str]) -> str:

@@ -567,11 +567,11 @@ def test_what_is_prepared_does_not_depend_on_the_number_of_processes(tmp_path: P
     pairs = CLEAN["train"] * 50
     texts = tmp_path / "texts.parquet"
     pq.write_table(pa.table({"source": [s for s, _ in pairs], "target": [t for _, t in pairs]}), texts)
-    backend = load_tokenizer(ROOT / "examples" / "demo" / "base-model").backend_tokenizer
+    tokenizer = load_tokenizer(ROOT / "examples" / "demo" / "base-model").backend_tokenizer
     settings = Preprocessing(prompt="translate: ", max_tokens=16)
     outputs = [tmp_path / f"{processes}.arrow" for processes in (1, 2)]
     for processes, output in enumerate(outputs, 1):
-        prepare(texts, np.array([3, 5]), output, backend=backend, settings=settings, processes=processes)
+        prepare(texts, np.array([3, 5]), output, tokenizer=tokenizer, settings=settings, processes=processes)
     assert len({output.read_bytes() for output in outputs}) == 1
 
 

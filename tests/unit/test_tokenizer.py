@@ -1,4 +1,7 @@
-"""Characters that a tokenizer lacks get pieces of their own, and then every sentence comes back as it was."""
+"""Characters that a tokenizer lacks get pieces of their own, and then every sentence comes back as it was.
+
+And many texts become ids word by word, which are those that the tokenizer gives for each text as a whole.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import sentencepiece
+import tokenizers as library
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import T5TokenizerFast
 
+from tasks.data import encoding
+from tasks.data.encoding import ALONE, Encoder, by_words, finish
 from tasks.data.tokenizer import EXTENSION, Choice, choose, extend, lacks, load_tokenizer
+from tasks.errors import DataError
 
 # What a T5 made for English, French and German may know, and what a Spanish corpus holds beside it.
 KNOWN = string.ascii_letters + string.digits + ".,;:?!'\"()-éóáèàâçüöäß"
@@ -103,3 +111,76 @@ def test_every_sentence_of_the_alphabet_comes_back_as_it_was(extended: Any, text
     text = " ".join(unicodedata.normalize("NFC", text).split())
     assert round_trip(extended, text) == text
     assert extended.unk_token_id not in extended(text)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(base: Any, extended: Any) -> list[Any]:
+    """T5's as they are published, which split at white space first, with and without characters of ours; and others."""
+    published = []
+    for each in (base, extended):
+        tokenizer = library.Tokenizer.from_str(each.backend_tokenizer.to_str())
+        split = library.pre_tokenizers
+        tokenizer.pre_tokenizer = split.Sequence([split.WhitespaceSplit(), split.Metaspace(prepend_scheme="always")])
+        published.append(tokenizer)
+    demo = load_tokenizer(Path(__file__).parents[2] / "examples" / "demo" / "base-model")
+    return [*published, *(each.backend_tokenizer for each in (demo, base, extended))]
+
+
+def as_a_whole(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def word_by_word(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = Encoder(tokenizer)(pa.array(texts, pa.string())).to_pylist()
+    return ids
+
+
+def test_each_character_that_may_stand_alone_does(tokenizers: list[Any]) -> None:
+    """Beside any other, at the beginning, in the middle and at the end of a word."""
+    characters = [chr(code) for code in range(0x3000) if ALONE.fullmatch(chr(code))]
+    assert set("aZ0.<ñÁ¿º«…—Ωя") < set(characters)
+    assert not set(" \u00a0\u00a8\u0301\u2581") & set(characters)
+    texts = [f"x {char}x x{char} {char} {char * 2} x" for char in characters]
+    assert list(map(by_words, tokenizers)) == [True] * 3 + [False] * 2  # of which no word is the same at the beginning
+    for tokenizer in tokenizers:
+        assert word_by_word(tokenizer, texts) == as_a_whole(tokenizer, texts)
+
+
+# Among others what joins its neighbour (marks, joiners, a prepended sign), what becomes a space (¨), the piece that
+# stands for a space, and special tokens.
+awkward = st.sampled_from([*" \u0301\u200d\u0600¨▁\u00a0\t", "</s>", "<extra_id_7>", "<unk", "  ", "x\u0308", "ﬁ", "½"])
+awkward_text = st.lists(awkward | st.sampled_from(KNOWN + MISSING) | st.characters(), max_size=20).map("".join)
+
+
+@given(texts=st.lists(awkward_text, max_size=6), which=st.integers(0, 4))
+def test_texts_are_encoded_as_the_tokenizer_does(texts: list[str], which: int, tokenizers: list[Any]) -> None:
+    texts = [text.encode("utf-8", "ignore").decode() for text in texts]
+    assert word_by_word(tokenizers[which], texts) == as_a_whole(tokenizers[which], texts)
+
+
+def test_words_that_are_forgotten_are_looked_at_again(tokenizers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "MOST_WORDS", 2)
+    encoder = Encoder(tokenizers[0])
+    for texts in (["one two three", "two"], ["three four", "one"], ["two two", ""]):
+        assert encoder(pa.array(texts)).to_pylist() == as_a_whole(tokenizers[0], texts)
+
+
+def test_a_tokenizer_that_looks_beyond_words_gets_whole_texts() -> None:
+    texts = ["one two  three", " one", "two three", ""]
+    of_bytes = library.ByteLevelBPETokenizer()
+    of_bytes.train_from_iterator(texts * 9, vocab_size=300, special_tokens=["</s>"])
+    tokenizer = library.Tokenizer.from_str(of_bytes.to_str())
+    ending = library.processors.TemplateProcessing
+    tokenizer.post_processor = ending("$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))])
+    assert not by_words(tokenizer)
+    assert word_by_word(tokenizer, texts) == as_a_whole(tokenizer, texts)
+    tokenizer.post_processor = ending("$A", special_tokens=[])
+    with pytest.raises(DataError, match=r"the tokenizer adds the tokens \[\] to a text: expected one end token"):
+        Encoder(tokenizer)
+
+
+@given(st.lists(st.lists(st.integers(3, 99), max_size=12), max_size=8), st.integers(2, 12))
+def test_what_is_too_long_is_cut_and_keeps_its_end_token(ids: list[list[int]], longest: int) -> None:
+    finished, cut = finish(pa.array(ids, encoding.IDS), 1, longest)
+    assert finished.to_pylist() == [[*text[: longest - 1], 1] for text in ids]
+    assert cut.tolist() == [len(text) + 1 > longest for text in ids]
