@@ -50,6 +50,10 @@ validation:
   min_train_rows: 100000
   min_eval_rows: 1000
   max_unknown_rate: 0.05  # FLAN-T5 lacks characters of many languages: look at what the first run says
+  max_row_change: 0.5  # how far a run's data may be from production's: these four
+  max_length_drift: 0.2
+  max_language_drift: 0.05
+  max_trigram_drift: 0.3
 
 preprocessing:
   prompt: "translate {source_name} to {target_name}: "
@@ -71,7 +75,10 @@ gate:
   max_length_ratio: 1.25
   max_empty: 0.005
   max_copied: 0.02
+  max_repeating: 0.01
+  max_unknown: 0.001
   max_slice_loss: 2
+  max_leak: 0.05
 """
 
 

@@ -20,6 +20,13 @@ def test_file_is_valid_as_it_is(pair: str, tmp_path: Path) -> None:
     assert settings.schedule
 
 
+def test_gate_lacks_no_limit_and_the_data_none_of_drift(tmp_path: Path) -> None:
+    """A limit that is not set refuses every candidate, and one of drift tells nobody."""
+    settings = load(write("en-fr", tmp_path))
+    assert [name for name, limit in settings.gate if limit is None] == []
+    assert [name for name, limit in settings.validation.drift_limits.items() if limit is None] == []
+
+
 def test_prompt_names_the_languages(tmp_path: Path) -> None:
     assert load(write("en-fr", tmp_path)).preprocessing.prompt == "translate English to French: "
 
