@@ -55,7 +55,9 @@ class PodLink(BaseOperatorLink):
     def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey | None = None) -> str:
         """The pod's address, or nothing when no pod has been made."""
         place = operator.place  # type: ignore[attr-defined]
-        return os.environ["RETRAIN_POD_URL"].format(namespace=place[0], pod=place[1]) if place else ""
+        if not place:
+            return ""
+        return os.environ["RETRAIN_POD_URL"].replace("{namespace}", place[0]).replace("{pod}", place[1])
 
 
 def page_url(path: str, *, absolute: bool = False) -> str:
