@@ -10,6 +10,7 @@ Exit codes: 0 as it should be, 1 something failed, 2 this machine is not ready a
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import subprocess
@@ -42,6 +43,7 @@ def main() -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):  # both as Ctrl-C: stop what was started
         signal.signal(number, signal.default_int_handler)
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # Airflow's logging would show where the key was found
     console = Console(highlight=False)
     try:
         stack = Stack()
