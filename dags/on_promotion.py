@@ -15,6 +15,7 @@ from typing import Any
 from airflow.sdk import DAG, AssetAny, task
 
 from plugins.pipelines import ROOT, model_asset, read_pipelines
+from plugins.store_connection import use_store_connection
 
 MODELS = {model_asset(settings.name).uri: settings.name for settings in read_pipelines()[0].values()}
 
@@ -33,6 +34,7 @@ with DAG(
     @task(task_display_name="Try the production model", execution_timeout=timedelta(hours=1))
     def smoke_test(triggering_asset_events: dict[Any, list[Any]] | None = None) -> dict[str, str]:
         """Try the newest version of each model that moved."""
+        use_store_connection()
         tried = {}
         for asset, events in (triggering_asset_events or {}).items():
             model, version = MODELS[asset.uri], events[-1].extra["version"]
