@@ -54,7 +54,7 @@ from tasks.training.stopping import Stopping
 log = logging.getLogger(__name__)
 
 CANDIDATE = "candidate"
-FORMAT = 1  # raised when this code makes something else of the same input: no older checkpoint is gone on from
+FORMAT = 2  # raised when this code makes something else of the same input: no older checkpoint is gone on from
 
 
 def run(run: Run) -> dict[str, Any]:

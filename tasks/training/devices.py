@@ -28,14 +28,17 @@ class Devices:
 
     def compile(self, work: Callable[..., Any], *signature: Any) -> Callable[..., Any]:
         """`work`, which a device does with its share, as a function that all do with theirs (from `place`)."""
-        inner = tf.function(work, jit_compile=True) if self.xla else work
+        inner = tf.function(work, jit_compile=True, autograph=False) if self.xla else work
         return self.graph(lambda *shares: self.strategy.run(inner, args=shares), *signature)
 
     def graph(self, work: Callable[..., Any], *signature: Any) -> Callable[..., Any]:
-        """`work` as a graph that is traced as seldom as can be: once for all shapes, where nothing forbids it."""
+        """`work` as a graph that is traced as seldom as can be: once for all shapes, where nothing forbids it.
+
+        Without autograph, which takes longer than all else of tracing: no branch of the model depends on a tensor.
+        """
         if self.count == 1 and not self.xla:
-            return tf.function(work, input_signature=signature)
-        return tf.function(work, reduce_retracing=not self.xla)
+            return tf.function(work, input_signature=signature, autograph=False)
+        return tf.function(work, reduce_retracing=not self.xla, autograph=False)
 
     def split(self, pairs: Any, model: Any, rows: np.ndarray, batch_size: int) -> list[Any]:
         """A batch of some rows for each device. One may have none."""

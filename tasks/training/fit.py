@@ -69,7 +69,9 @@ class Trainer:
             self.optimizer.iterations  # noqa: B018 - makes the variable
             self.optimizer._create_all_weights(learning.variables)
         set_dropout(model, settings.seed, self.optimizer.iterations)
-        self.gradients = tf.function(self._gradients, jit_compile=True) if devices.xla else self._gradients
+        self.gradients = (
+            tf.function(self._gradients, jit_compile=True, autograph=False) if devices.xla else self._gradients
+        )
         self.step = devices.graph(
             lambda batch, targets: devices.strategy.run(self._step, args=(batch, targets)),
             train.signature,
