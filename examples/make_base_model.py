@@ -38,9 +38,9 @@ from datasets import Dataset, load_dataset
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import T5Config, T5TokenizerFast
 
+from tasks.data.encoding import Encoder, encode
 from tasks.judging.translation import translate
 from tasks.model import BATCH, Batch, label_states, make_batch, new_model, save_model
-from tasks.preprocess import encode
 from tasks.training.loss import cross_entropy, loss_meter
 
 log = logging.getLogger("make_base_model")
@@ -198,7 +198,9 @@ def read_split(corpus: str, pair: str, split: str, max_rows: int | None, cache: 
 def tokenise(texts: pd.DataFrame, tokenizer: Any, prompt: str, size: Size) -> Dataset:
     """Token ids of pairs, as the pipeline makes them."""
     batch = pa.RecordBatch.from_pandas(texts[["source", "target"]], preserve_index=False)
-    return Dataset(pa.Table.from_batches([encode(batch, tokenizer.backend_tokenizer, prompt, size.max_tokens)]))
+    return Dataset(
+        pa.Table.from_batches([encode(batch, Encoder(tokenizer.backend_tokenizer), prompt, size.max_tokens)])
+    )
 
 
 def main() -> None:

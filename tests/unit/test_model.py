@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import tensorflow as tf
 from datasets import Dataset
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from examples.make_base_model import PROMPT, SIZES, tokenise
 from tasks.data.tokenizer import load_tokenizer
 from tasks.errors import DataError
 from tasks.model import (
@@ -202,3 +204,10 @@ def test_batches_of_pairs_hold_every_row_once_by_both_lengths(lengths: list[tupl
     assert sorted(order) == list(range(len(lengths)))
     keys = [(-(-int(inputs[row]) // 8), int(labels[row])) for row in order]
     assert keys == sorted(keys, reverse=True)
+
+
+def test_a_made_base_model_learns_from_tokens_as_the_pipeline_makes_them(tokenizer: Any) -> None:
+    texts = pd.DataFrame({"source": ["My wife has a car."], "target": ["Mi esposa tiene un carro."]})
+    (row,) = tokenise(texts, tokenizer, PROMPT, SIZES["tiny"])
+    assert row["input_ids"] == tokenizer(PROMPT + texts.source[0])["input_ids"]
+    assert row["labels"] == tokenizer(texts.target[0])["input_ids"]
