@@ -100,9 +100,9 @@ def validate(corpus: Path, files: Path, scratch: Path) -> None:
     judge, limits = step.Judge(scratch / "docs"), settings.validation
     for split in SPLITS:
         pairs = marks[split][["row", *step.COLUMNS]]
-        judge.check(f"{split}, columns", split, step.first_rows(paths[split]), step.suite_of_columns())
-        judge.check(f"{split}, pair by pair", split, pairs, step.suite_of_pairs(limits, len(pairs)))
-        judge.check(f"{split} as a whole", split, step.one_row(wholes[split]), step.suite_of_split(split, limits))
+        judge.check(split, "columns", step.first_rows(paths[split]), step.suite_of_columns())
+        judge.check(split, "pair by pair", pairs, step.suite_of_pairs(limits, len(pairs)))
+        judge.check(split, "as a whole", step.one_row(wholes[split]), step.suite_of_split(split, limits))
 
 
 def validate_one_frame(corpus: Path, files: Path, scratch: Path) -> None:

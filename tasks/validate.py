@@ -66,13 +66,6 @@ ASIDE = pa.schema(
 )
 
 
-class Finding(NamedTuple):
-    """An expectation that is not met: how far, as observed over allowed, and a sentence."""
-
-    severity: float
-    sentence: str
-
-
 def run(run: Run) -> dict[str, Any]:
     """Validate every split. Raises `DataError` with the worst findings when the corpus is not fit for training."""
     pulled = run.result("pull")
@@ -82,12 +75,12 @@ def run(run: Run) -> dict[str, Any]:
         files = {split: scratch / "data" / f"{split}.parquet" for split in SPLITS}
         judge = Judge(scratch / "docs")
         for split, path in files.items():
-            judge.check(f"{split}, columns", split, first_rows(path), suite_of_columns())
+            judge.check(split, "columns", first_rows(path), suite_of_columns())
         # Without the right columns there are no pairs to look at.
         found = {} if judge.findings else examine(run, files, judge, scratch)
         show(run, judge, scratch)
     if judge.findings:
-        worst = "; ".join(finding.sentence for finding in sorted(judge.findings, reverse=True)[:3])
+        worst = "; ".join(judge.findings[:3])
         raise DataError(f"the corpus is not fit for training: {worst}. See {run.uri}/validation/index.html")
     return found
 
@@ -108,8 +101,8 @@ def examine(run: Run, files: dict[str, Path], judge: Judge, scratch: Path) -> di
     wholes["train"]["drift"] = compare(run, pulled["dataset"], files["train"], scratch / "production")
     for split in SPLITS:
         pairs = marks[split][["row", *COLUMNS]]
-        judge.check(f"{split}, pair by pair", split, pairs, suite_of_pairs(limits, pulled["rows"][split]))
-        judge.check(f"{split} as a whole", split, one_row(wholes[split]), suite_of_split(split, limits))
+        judge.check(split, "pair by pair", pairs, suite_of_pairs(limits, pulled["rows"][split]))
+        judge.check(split, "as a whole", one_row(wholes[split]), suite_of_split(split, limits))
     run.store.put(run.key("validation", SHAPE), to_json(shape(marks["train"])))
     usable = {split: whole["usable"] for split, whole in wholes.items()}
     return {
@@ -329,7 +322,7 @@ def suite_of_split(split: str, limits: Validation) -> list[Any]:
 
 
 class Judge:
-    """Great Expectations: checks tables one by one, and keeps the full results by name, and what is not as expected.
+    """Great Expectations: checks tables one by one, and keeps the full results by name, and the same in words.
 
     Its Data Docs are written to `docs`.
     """
@@ -337,7 +330,7 @@ class Judge:
     def __init__(self, docs: Path) -> None:
         self.docs = docs
         self.results: dict[str, Any] = {}
-        self.findings: list[Finding] = []
+        self.said: list[Said] = []
         self._context = gx.get_context(mode="ephemeral")
         self._context.variables.progress_bars = {"globally": False}  # type: ignore[assignment]
         self._context.add_data_docs_site(
@@ -350,8 +343,15 @@ class Judge:
         )
         self._source = self._context.data_sources.add_pandas("corpus")
 
-    def check(self, name: str, split: str, frame: pd.DataFrame, expectations: list[Any]) -> None:
-        """Check a table of a split."""
+    @property
+    def findings(self) -> list[str]:
+        """What is not as expected, in sentences, the worst first."""
+        unmet = sorted((said for said in self.said if not said.success), key=lambda said: -said.severity)
+        return [f"{said.split}: {said.sentence} ({said.reason})" for said in unmet]
+
+    def check(self, split: str, part: str, frame: pd.DataFrame, expectations: list[Any]) -> None:
+        """Check a table that is a part of what there is to know of a split."""
+        name = f"{split}, {part}"
         suite = self._context.suites.add(gx.ExpectationSuite(name=name, expectations=expectations))
         batch = self._source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("whole")
         definition = gx.ValidationDefinition(name=name, data=batch, suite=suite)
@@ -368,53 +368,61 @@ class Judge:
         outcome = self._context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": frame})
         (found,) = outcome.run_results.values()
         self.results[name] = found.to_json_dict()
-        for result in self.results[name]["results"]:
-            said = Said.of(result, frame)
-            result["in_words"] = {"expected": said.expected, "observed": said.observed}  # for the page
-            if not result["success"]:
-                reason = result["expectation_config"]["notes"]
-                self.findings.append(Finding(said.severity, f"{split}: {said.sentence} ({reason})"))
+        self.said += [in_words(split, part, frame, result) for result in self.results[name]["results"]]
 
 
 class Said(NamedTuple):
     """An expectation's result in words."""
 
+    split: str
+    part: str
+    about: str  # the rule, the measure or the column
+    reason: str
+    success: bool
     expected: str
     observed: str
     severity: float  # observed over allowed, or the other way round: how far it is from being met
     sentence: str
 
-    @classmethod
-    def of(cls, result: dict[str, Any], frame: pd.DataFrame) -> Said:
-        """Of one that is used here: each kind has its own words."""
-        kind, kwargs, seen = (
-            result["expectation_config"]["type"],
-            result["expectation_config"]["kwargs"],
-            result["result"],
-        )
-        column = kwargs.get("column")
-        if kind == "expect_table_columns_to_match_ordered_list":
-            expected, observed = " and ".join(kwargs["column_list"]), ", ".join(seen["observed_value"])
-            return cls(expected, observed, np.inf, f"the columns are {observed}, expected {expected}")
-        if kind == "expect_column_values_to_be_of_type":
-            observed = seen.get("observed_value") or str(frame.dtypes.get(column, "nothing"))
-            return cls("text", observed, np.inf, f"{column} holds {observed}, expected text")
-        if kind == "expect_table_row_count_to_equal":
-            expected, observed = f"{kwargs['value']:,}", f"{seen['observed_value']:,}"
-            return cls(expected, observed, np.inf, f"{observed} pairs, expected {expected}")
-        if kind == "expect_column_values_to_be_null":
-            share, limit = seen["unexpected_count"] / max(1, seen["element_count"]), 1 - kwargs["mostly"]
-            observed = f"{seen['unexpected_count']:,} of {seen['element_count']:,}"
-            sentence = f"{column} in {share:.1%} of the pairs, at most {limit:.1%} may"
-            return cls(f"≤ {limit:.1%}", observed, share / max(limit, 1e-9), sentence)
-        value = frame[column].iloc[0]  # of one row, which the library does not report when it is within the limits
-        if kwargs.get("min_value") is not None:
-            limit = kwargs["min_value"]
-            sentence = f"{value:,} {column} pairs, at least {limit:,.0f} are needed"
-            return cls(f"≥ {limit:,g}", f"{value:,.6g}", limit / max(value, 1e-9), sentence)
-        limit = kwargs["max_value"]
-        sentence = f"{column} is {value:.4g}, at most {limit:g} is allowed"
-        return cls(f"≤ {limit:g}", f"{value:,.6g}", value / max(limit, 1e-9), sentence)
+
+def in_words(split: str, part: str, frame: pd.DataFrame, result: dict[str, Any]) -> Said:
+    """What an expectation of the suites above found."""
+    config, seen = result["expectation_config"], result["result"]
+    kind, kwargs = config["type"], config["kwargs"]
+    about = kwargs.get("column", "rows" if "row_count" in kind else "columns")
+    severity = np.inf
+    if kind == "expect_table_columns_to_match_ordered_list":
+        expected, observed = (", ".join(names) for names in (kwargs["column_list"], seen["observed_value"]))
+        sentence = f"the columns are {observed}; expected {expected}"
+    elif kind == "expect_column_values_to_be_of_type":
+        found = seen.get("observed_value") or str(frame.dtypes.get(about, "nothing"))
+        expected, observed = "text", "text" if found == kwargs["type_"] else found
+        sentence = f"{about} holds {observed}, expected text"
+    elif kind == "expect_table_row_count_to_equal":
+        expected, observed = f"{kwargs['value']:,}", f"{seen['observed_value']:,}"
+        sentence = f"{observed} pairs, expected {expected}"
+    elif kind == "expect_column_values_to_be_null":
+        count, limit = seen["unexpected_count"], 1 - kwargs["mostly"]
+        share = count / max(1, seen["element_count"])
+        expected = f"≤ {percent(limit)}" if limit < 1 else "any"
+        observed = f"{count:,} ({percent(share)})" if count else "0"
+        severity = share / max(limit, 1e-9)
+        sentence = f"{about} in {percent(share)} of the pairs, at most {percent(limit)} may"
+    elif kwargs.get("min_value") is not None:  # of one row, whose value the library does not always report
+        value, limit = frame[about].iloc[0], kwargs["min_value"]
+        expected, observed, severity = f"≥ {limit:,.0f}", f"{value:,}", limit / max(value, 1e-9)
+        sentence = f"{observed} {about} pairs, at least {limit:,.0f} are needed"
+    else:
+        value, limit = frame[about].iloc[0], kwargs["max_value"]
+        form = "{:.3g}".format if about.startswith("drift") else percent
+        expected, observed, severity = f"≤ {form(limit)}", form(value), value / max(limit, 1e-9)
+        sentence = f"{about} is {observed}, at most {form(limit)} is allowed"
+    return Said(split, part, about, config["notes"], result["success"], expected, observed, severity, sentence)
+
+
+def percent(share: float) -> str:
+    """A share for people: 25%, 1.31%, 0.0393%."""
+    return f"{100 * share:.3g}%"
 
 
 def render(run: str, dataset: str, judge: Judge, quarantine: Path) -> str:
@@ -427,12 +435,11 @@ def render(run: str, dataset: str, judge: Judge, quarantine: Path) -> str:
         if len(having):
             pairs = having.sample(min(EXAMPLES, len(having)), random_state=0).to_dict("records")
             examples[rule.column] = {"total": len(having), "pairs": pairs}
+    parts: dict[str, dict[tuple[str, str], dict[str, Said]]] = {}
+    for said in judge.said:
+        parts.setdefault(said.part, {}).setdefault((said.about, said.reason), {})[said.split] = said
     return TEMPLATES.get_template("validation.html.j2").render(
-        run=run,
-        dataset=dataset,
-        findings=[finding.sentence for finding in sorted(judge.findings, reverse=True)],
-        suites={name: suite["results"] for name, suite in judge.results.items()},
-        examples=examples,
+        run=run, dataset=dataset, findings=judge.findings, parts=parts, splits=SPLITS, examples=examples
     )
 
 
