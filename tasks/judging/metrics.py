@@ -26,14 +26,14 @@ import pandas as pd
 from tasks.judging.scoring import (
     Score,
     bleu_from,
-    bleu_of_total,
+    bleu_of_totals,
     bleu_statistics,
     bootstrap,
     chance_of_gain,
-    chrf_of_total,
+    chrf_of_totals,
     chrf_statistics,
     corpus_scores,
-    mean_of_total,
+    mean_of_totals,
 )
 from tasks.settings import Gate
 
@@ -58,12 +58,12 @@ def measure(translations: pd.DataFrame, losses: pd.DataFrame, gate: Gate) -> dic
     shared = losses[losses["comparable"] & (losses["split"] == "validation")]
     metrics["gain"]["validation_loss"] = interval(
         *(shared[[f"{system}_loss", f"{system}_tokens"]].to_numpy(float) for system in reversed(SYSTEMS)),
-        score=mean_of_total,
+        score=mean_of_totals,
         gate=gate,
     )
     metrics["comparable"] = float(losses["comparable"].mean())
     metrics["leak"] = leak(losses[losses["comparable"]], gate.confidence)
-    metrics["slices"] = slice_scores(test, gate)
+    metrics["slices"] = slice_scores(counts_of(test), slice_members(test), gate)
     metrics["extra"] = {
         name: compare(translations[translations["set"] == name].reset_index(drop=True), gate) for name in names
     }
@@ -77,12 +77,12 @@ def compare(table: pd.DataFrame, gate: Gate) -> dict[str, Any]:
     characters = {system: chrf_statistics(table[system], table["reference"]) for system in SYSTEMS}
     for system in SYSTEMS:
         result[system] = score(table, system)
-        for name, rows, formula in (("bleu", counts, bleu_of_total), ("chrf", characters, chrf_of_total)):
+        for name, rows, formula in (("bleu", counts, bleu_of_totals), ("chrf", characters, chrf_of_totals)):
             bounds = interval(rows[system], None, score=formula, gate=gate)
             result[system][name] |= {"low": bounds["low"], "high": bounds["high"]}
     result["gain"] = {
-        "bleu": interval(counts["candidate"], counts["champion"], score=bleu_of_total, gate=gate),
-        "chrf": interval(characters["candidate"], characters["champion"], score=chrf_of_total, gate=gate),
+        "bleu": interval(counts["candidate"], counts["champion"], score=bleu_of_totals, gate=gate),
+        "chrf": interval(characters["candidate"], characters["champion"], score=chrf_of_totals, gate=gate),
     }
     result["chance"] = chance_of_gain(counts["candidate"], counts["champion"], gate.bootstrap_samples)
     return result
@@ -134,15 +134,19 @@ SLICES: dict[str, Callable[[str, str], bool]] = {
 }
 
 
-def slice_scores(table: pd.DataFrame, gate: Gate) -> dict[str, dict[str, Any]]:
+def slice_members(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Which sentences each slice has: bool arrays (sentences,)."""
+    pairs = list(zip(table["source"], table["reference"], strict=True))
+    return {name: np.array([belongs(*pair) for pair in pairs], bool) for name, belongs in SLICES.items()}
+
+
+def slice_scores(counts: dict[str, np.ndarray], slices: dict[str, np.ndarray], gate: Gate) -> dict[str, dict[str, Any]]:
     """BLEU on parts of the test split: `sentences`, `champion`, `candidate`, and `low` to `high` of the difference."""
-    counts, scores = counts_of(table), {}
-    for name, belongs in SLICES.items():
-        pairs = zip(table["source"], table["reference"], strict=True)
-        members = np.array([belongs(source, reference) for source, reference in pairs], bool)
+    scores = {}
+    for name, members in slices.items():
         if members.sum() >= MIN_SLICE:
             part = {system: counts[system][members] for system in SYSTEMS}
-            gain = interval(part["candidate"], part["champion"], score=bleu_of_total, gate=gate)
+            gain = interval(part["candidate"], part["champion"], score=bleu_of_totals, gate=gate)
             both = {system: bleu_from(part[system]) for system in SYSTEMS}
             scores[name] = {"sentences": int(members.sum()), **both, "low": gain["low"], "high": gain["high"]}
     return scores
@@ -155,9 +159,9 @@ def interval(rows: np.ndarray, against: np.ndarray | None, *, score: Score, gate
     """
     if not len(rows):
         return {"observed": None, "low": None, "high": None}
-    observed, drawn = score(rows.sum(axis=0)), bootstrap(rows, score, gate.bootstrap_samples)
+    observed, drawn = score(rows.sum(axis=0, keepdims=True))[0], bootstrap(rows, score, gate.bootstrap_samples)
     if against is not None:
-        observed -= score(against.sum(axis=0))
+        observed -= score(against.sum(axis=0, keepdims=True))[0]
         drawn = drawn - bootstrap(against, score, gate.bootstrap_samples)
     low, high = np.quantile(drawn, [1 - gate.confidence, gate.confidence])
     return {"observed": finite(observed), "low": finite(low), "high": finite(high)}

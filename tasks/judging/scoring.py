@@ -9,6 +9,7 @@ Sources: Papineni et al. 2002 (BLEU); Popović 2017 (chrF++); Post 2018 (sacrebl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ ORDERS = 4  # BLEU counts n-grams of one to four words
 # One sentence's statistics, a row: matched n-grams of each order, n-grams of each order, words, reference words.
 STATISTICS = 2 * ORDERS + 2
 CHRF_PLUS_PLUS = CHRF(word_order=2)
-Score = Callable[[np.ndarray], float]  # of summed statistics
+Score = Callable[[np.ndarray], np.ndarray]  # of summed statistics, a row a test set: (test sets,)
+AT_ONCE = 30_000  # sentences that are drawn at once: they fit in a processor's cache
 
 
 def bleu_statistics(hypotheses: Sequence[str], references: Sequence[str]) -> np.ndarray:
@@ -55,14 +57,29 @@ def bleu_of_total(total: np.ndarray) -> float:
     return float(score.score)
 
 
+def bleu_of_totals(totals: np.ndarray) -> np.ndarray:
+    """BLEU of summed statistics, a row a test set: what `bleu_of_total` gives, for thousands of them at once."""
+    matched, possible = totals[:, :ORDERS], totals[:, ORDERS : 2 * ORDERS]
+    smoothed = np.where(matched == 0, 0.5 ** np.cumsum(matched == 0, axis=1), matched)  # exponential smoothing
+    defined = np.logical_and(matched.any(axis=1), possible.all(axis=1))
+    precisions = np.divide(smoothed, possible, out=np.ones_like(smoothed, float), where=defined[:, None])
+    ratio = np.divide(totals[:, -1], totals[:, -2], out=np.ones(len(totals)), where=defined)
+    return np.where(defined, 100 * np.exp(np.minimum(0, 1 - ratio) + np.log(precisions).mean(axis=1)), 0.0)
+
+
 def chrf_of_total(total: np.ndarray) -> float:
     """chrF++ (0 to 100) of summed statistics, by sacrebleu's own formula."""
     return float(CHRF_PLUS_PLUS._compute_f_score(total.tolist()))
 
 
-def mean_of_total(total: np.ndarray) -> float:
+def chrf_of_totals(totals: np.ndarray) -> np.ndarray:
+    """chrF++ of summed statistics, a row a test set."""
+    return np.array([chrf_of_total(total) for total in totals])
+
+
+def mean_of_totals(totals: np.ndarray) -> np.ndarray:
     """The mean of what was summed in the first of two columns and counted in the second: a loss per token."""
-    return float(total[0] / total[1])
+    return totals[:, 0] / totals[:, 1]
 
 
 def corpus_scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -81,16 +98,16 @@ def bootstrap(statistics: np.ndarray, score: Score, samples: int, seed: int = 0)
     """
     random = np.random.default_rng(seed)
     rows = statistics.astype(float)  # floats multiply fast, and are exact for counts
-    sentences, scores = len(rows), np.empty(samples)
-    for sample in range(samples):
-        times_drawn = np.bincount(random.integers(sentences, size=sentences), minlength=sentences)
-        scores[sample] = score(times_drawn @ rows)
-    return scores
+    sentences, totals = len(rows), np.empty((samples, statistics.shape[1]))
+    for block in np.array_split(totals, math.ceil(samples * sentences / AT_ONCE)):
+        drawn = random.integers(sentences, size=(len(block), sentences)) + sentences * np.arange(len(block))[:, None]
+        block[:] = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape) @ rows
+    return score(totals)
 
 
 def bootstrap_gains(candidate: np.ndarray, champion: np.ndarray, samples: int, seed: int = 0) -> np.ndarray:
     """BLEU differences, candidate minus champion, on redrawn test sets: (samples,)."""
-    return bootstrap(candidate, bleu_of_total, samples, seed) - bootstrap(champion, bleu_of_total, samples, seed)
+    return bootstrap(candidate, bleu_of_totals, samples, seed) - bootstrap(champion, bleu_of_totals, samples, seed)
 
 
 def chance_of_gain(candidate: np.ndarray, champion: np.ndarray, samples: int, seed: int = 0) -> float:
@@ -100,10 +117,10 @@ def chance_of_gain(candidate: np.ndarray, champion: np.ndarray, samples: int, se
     """
     random = np.random.default_rng(seed)
     surplus = (candidate - champion).astype(float)
-    first, second = candidate.sum(axis=0).astype(float), champion.sum(axis=0).astype(float)
-    observed = bleu_of_total(first) - bleu_of_total(second)
-    as_large = 0
-    for _ in range(samples):
-        moved = random.integers(2, size=len(surplus)) @ surplus
-        as_large += bleu_of_total(first - moved) - bleu_of_total(second + moved) >= observed
-    return (1 + as_large) / (1 + samples)
+    totals = np.stack([candidate.sum(axis=0), champion.sum(axis=0)]).astype(float)
+    observed = -np.diff(bleu_of_totals(totals))
+    moved = np.empty((samples, surplus.shape[1]))
+    for block in np.array_split(moved, math.ceil(samples * len(surplus) / AT_ONCE)):
+        block[:] = random.integers(2, size=(len(block), len(surplus))) @ surplus
+    as_large = (bleu_of_totals(totals[0] - moved) - bleu_of_totals(totals[1] + moved) >= observed).sum()
+    return float(1 + as_large) / (1 + samples)

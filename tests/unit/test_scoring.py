@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tasks.judging.scoring import (
     STATISTICS,
     bleu_from,
+    bleu_of_totals,
     bleu_statistics,
     bootstrap_gains,
     chance_of_gain,
@@ -31,6 +32,13 @@ def test_corpus_bleu_is_recomputed_exactly_from_statistics(pairs: list[tuple[lis
     expected = sacrebleu.corpus_bleu(hypotheses, [references]).score
     assert bleu_from(statistics) == pytest.approx(expected, abs=1e-9)
     assert corpus_scores(hypotheses, references)["bleu"]["score"] == pytest.approx(expected, abs=1e-9)
+
+
+@given(st.lists(CORPORA, min_size=1, max_size=5))
+def test_bleu_of_many_test_sets_at_once_is_that_of_each(corpora: list[list[tuple[list[str], list[str]]]]) -> None:
+    sets = [bleu_statistics(*zip(*[map(" ".join, pair) for pair in pairs], strict=True)) for pairs in corpora]
+    scores = bleu_of_totals(np.stack([statistics.sum(axis=0) for statistics in sets]))
+    assert scores == pytest.approx([bleu_from(statistics) for statistics in sets], abs=1e-9)
 
 
 @given(CORPORA)
