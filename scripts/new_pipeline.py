@@ -77,7 +77,7 @@ gate:
   max_copied: 0.02
   max_repeating: 0.01
   max_unknown: 0.001
-  max_slice_loss: 2
+  max_slice_loss: 0.5
   max_leak: 0.05
 """
 

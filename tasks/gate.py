@@ -30,7 +30,7 @@ from tasks.errors import DataError
 from tasks.evaluate import read_tables
 from tasks.judging import metrics
 from tasks.judging.examine import AGREEMENT, agreement, spread
-from tasks.judging.metrics import SYSTEMS, TEST, difference
+from tasks.judging.metrics import SYSTEMS, TEST
 from tasks.judging.translation import translate
 from tasks.model import load_model
 from tasks.run import Run
@@ -301,8 +301,8 @@ def nothing_hidden(found: dict[str, Any], limits: Gate) -> list[Check]:
             "worst slice",
             change,
             negative(limits.max_slice_loss),
-            f"Sentences {worst} fare worst: BLEU changes by "
-            "{observed:+.2f}, {verdict} the {required:+g} allowed.",
+            f"Sentences {worst} fare worst: with {100 * limits.confidence:g}% confidence their BLEU changes by "
+            "{observed:+.2f} or worse, {verdict} the {required:+g} allowed.",
         ),
         at_most(
             "no leak of the test split",
@@ -397,13 +397,12 @@ def negative(value: float | None) -> float | None:
 
 
 def worst_slice(metrics: dict[str, Any]) -> tuple[str, float | None]:
-    """The slice of the test split on which BLEU changes most for the worse, and the change."""
-    slices = metrics.get("slices") or {}
-    changes = {name: difference(part.get("candidate"), part.get("champion")) for name, part in slices.items()}
+    """The slice of the test split that surely loses most, and the change of BLEU that it surely does not exceed."""
     worst, least = "of every slice", math.inf
-    for name, change in changes.items():
-        if change is None or not math.isfinite(change):
+    for name, part in (metrics.get("slices") or {}).items():
+        high = part.get("high")
+        if high is None or not math.isfinite(high):
             return name, None
-        if change < least:
-            worst, least = name, change
-    return worst, least if changes else None
+        if high < least:
+            worst, least = name, high
+    return worst, least

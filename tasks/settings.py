@@ -233,7 +233,7 @@ class Gate(Section):
     min_bleu: float | None = Field(None, ge=0, le=100, description="Lowest BLEU on the test split")
     non_inferiority_margin: float | None = Field(None, ge=0, description="BLEU that may be lost against the champion")
     min_gain: float | None = Field(None, description="BLEU that must be gained over the champion; 0 asks for any gain")
-    confidence: float = Field(0.975, gt=0.5, lt=1, description="Confidence of the paired bootstrap's statements")
+    confidence: float = Field(0.96, gt=0.5, lt=1, description="Confidence of what is said of differences")
     bootstrap_samples: int = Field(
         1000, ge=100, le=100_000, description="Resamples of the test split", json_schema_extra=EXPERT
     )
@@ -243,7 +243,9 @@ class Gate(Section):
     max_copied: Fraction | None = Field(None, description="Largest share of translations that repeat the source")
     max_repeating: Fraction | None = Field(None, description="Largest share of translations stuck in a repetition")
     max_unknown: Fraction | None = Field(None, description="Largest share of output tokens that stand for no text")
-    max_slice_loss: float | None = Field(None, ge=0, description="BLEU that any slice may lose against the champion")
+    max_slice_loss: float | None = Field(
+        None, ge=0, description="BLEU that any slice may surely lose against the champion"
+    )
     max_leak: float | None = Field(
         None, ge=0, description="How much further the loss may fall on the test split than on the validation split"
     )
