@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from tasks import artifacts, registry
@@ -39,7 +38,7 @@ from tasks.storage import MissingObjectError, to_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raised when a champion's work is kept in another form: what was kept before is then made again
+FORMAT = 2  # raised when a champion's work is kept in another form: what was kept before is then made again
 TABLES = ("translations", "losses")
 ABOUT = ("champion_version", "candidate_fingerprint", "trained_validation_loss", "engine")  # what no table says
 
@@ -145,8 +144,9 @@ def side_by_side(pairs: pd.DataFrame, sets: pd.DataFrame, work: dict[str, Work])
             translations[f"{system}_{column}"] = made.translations[column].to_numpy()
         for column in ("loss", "tokens"):
             losses[f"{system}_{column}"] = made.losses[column].to_numpy()
-    one, other = (work[system].losses["labels"] for system in SYSTEMS)
-    losses["comparable"] = [np.array_equal(mine, theirs) for mine, theirs in zip(one, other, strict=True)]
+    # By pieces, not by ids: a character that both have added may have another row in each.
+    one, other = (work[system].losses["pieces"] for system in SYSTEMS)
+    losses["comparable"] = [list(mine) == list(theirs) for mine, theirs in zip(one, other, strict=True)]
     return translations, losses
 
 

@@ -32,7 +32,7 @@ class Work:
 
     `translations`, a row a sentence of the test sets: `text`, `tokens` (how many), `unknown` (how many stand for no
     text). `losses`, a row a pair of the validation and the test split: `loss` in nats, summed over `tokens`, and
-    `labels`, the reference as the model's tokenizer writes it. `engine`: what translated.
+    `pieces`, the reference as the model's tokenizer writes it. `engine`: what translated.
     """
 
     translations: pd.DataFrame
@@ -82,7 +82,13 @@ def examine(name: str, directory: Path, sentences: Sequence[str], pairs: pd.Data
                 "unknown": [tokens.count(unknown) for tokens in outputs],
             }
         ),
-        pd.DataFrame({"loss": losses, "tokens": [len(tokens) for tokens in labels], "labels": labels}),
+        pd.DataFrame(
+            {
+                "loss": losses,
+                "tokens": [len(tokens) for tokens in labels],
+                "pieces": [tokenizer.convert_ids_to_tokens(tokens) for tokens in labels],
+            }
+        ),
         engine,
     )
 

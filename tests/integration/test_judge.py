@@ -21,11 +21,11 @@ from datasets import Dataset
 from tasks import artifacts, registry
 from tasks.__main__ import main
 from tasks.data.prepared import fetch_prepared
-from tasks.data.tokenizer import load_tokenizer
+from tasks.data.tokenizer import extend, load_tokenizer
 from tasks.evaluate import read_tables
 from tasks.gate import check_all
 from tasks.judging import metrics
-from tasks.model import load_model, save_model
+from tasks.model import extend_vocabulary, load_model, save_model
 from tasks.run import Run
 from tasks.storage import Store
 
@@ -250,12 +250,68 @@ def test_a_champion_with_another_tokenizer_is_refused(better: Run, another: Call
     path = tmp_path / "base" / "tokenizer.json"
     content = json.loads(path.read_text())
     pieces = content["model"]["vocab"]
-    pieces[200:] = pieces[:199:-1]
+    pieces[3:] = [[text if len(text) < 3 else f"unused {row}", score] for row, (text, score) in enumerate(pieces[3:])]
     path.write_text(json.dumps(content))
     artifacts.publish(better.store, "base-models/other-tokenizer", tmp_path / "base")
     run = another(trained=True, pull={"base_model": "base-models/other-tokenizer"})
     assert step(run, "evaluate", "gate") == 0
     assert "comparable tokenizers" in refused(run)
+
+
+def with_added_characters(base: Path, characters: list[str], directory: Path) -> None:
+    """The model in `base` with rows for characters that its tokenizer lacks, as a run makes it."""
+    extension = extend(load_tokenizer(base), characters, directory)
+    model = load_model(base)
+    extend_vocabulary(model, extension)
+    save_model(model, load_tokenizer(directory), directory)
+
+
+def without_pieces(model: Any, tokenizer: Any, characters: str, directory: Path) -> None:
+    """A model as the given one whose tokenizer lacks the characters; the rows of their pieces are spare, at the end."""
+    save_model(model, tokenizer, directory)
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    pieces = content["model"]["vocab"]
+    order = sorted(range(len(pieces)), key=lambda row: not set(characters).isdisjoint(pieces[row][0]))
+    kept = sum(set(characters).isdisjoint(text) for text, _ in pieces)
+    content["model"]["vocab"] = [pieces[row] for row in order[:kept]]
+    path.write_text(json.dumps(content))
+    embedding, kernel = model.shared.weights[0], model.lm_head.kernel
+    embedding.assign(embedding.numpy()[order])
+    head = kernel.numpy()[:, order]
+    head[:, kept:] = head[:, :1]  # of padding, which is never likely
+    kernel.assign(head)
+    save_model(model, load_tokenizer(directory), directory)
+
+
+def make_champion(store: Store, name: str, directory: Path) -> None:
+    """Publish a directory as the first version of a model, in production."""
+    registry.publish(store, name, "v1", directory, {"metrics": {"candidate": 50.0, "champion": 40.0}})
+    registry.move(store, name, "v1", expected=None, who="a test", why="it is the champion")
+
+
+def test_losses_are_compared_where_champion_and_candidate_write_alike_whatever_rows_they_have_added(
+    better: Run, another: Callable[..., Run], tmp_path: Path
+) -> None:
+    """The champion's data had ñ, the candidate's ¿ as well, which took the row that ñ had."""
+    without_pieces(*fetched(better, tmp_path / "candidate"), "ñ¿", tmp_path / "plain")
+    with_added_characters(tmp_path / "plain", ["ñ"], tmp_path / "champion")
+    with_added_characters(tmp_path / "plain", ["¿", "ñ"], tmp_path / "extended")
+    make_champion(better.store, "added", tmp_path / "champion")
+    artifacts.publish(better.store, "extended", tmp_path / "extended")
+    run = another(trained=True, settings={"name": "added"}, train={"candidate": "extended"})
+    assert step(run, "evaluate", "gate") == 0
+    splits = fetch_prepared(run, tmp_path / "data").splits
+    references = [*splits["validation"]["target"], *splits["test"]["target"]]
+    alike = read_tables(run)[1]["comparable"].tolist()
+    assert alike == ["¿" not in reference for reference in references]
+    assert any("ñ" in reference and so for reference, so in zip(references, alike, strict=True))
+    found = run.store.get_json(run.key("evaluation", "metrics.json"))
+    assert found["comparable"] == pytest.approx(np.mean(alike))
+    # The same weights: where both write alike there is no difference, though the losses by their own tokenizers differ.
+    assert abs(found["gain"]["validation_loss"]["observed"]) < 0.001
+    assert abs(found["candidate"]["validation_loss"] - found["champion"]["validation_loss"]) > 0.005
+    assert refused(run).isdisjoint({"comparable tokenizers", "validation loss against champion"})
 
 
 # What lies in the store
@@ -285,7 +341,7 @@ def test_metrics_that_are_damaged_or_tampered_with_are_refused(fault: str, bette
 
 
 def test_a_candidate_that_changed_after_its_evaluation_is_refused(
-    better: Run, another: Callable[..., Run], tmp_path: Path
+    better: Run, another: Callable[..., Run], tmp_path: Path, caplog: Any
 ) -> None:
     run = another(trained=True)
     run.save_result("evaluate", better.result("evaluate"))
@@ -296,6 +352,10 @@ def test_a_candidate_that_changed_after_its_evaluation_is_refused(
     artifacts.fetch(run.store, run.result("pull")["base_model"], tmp_path / "base")
     artifacts.publish(run.store, "swapped", tmp_path / "base")
     run.save_result("train", {**better.result("train"), "candidate": "swapped"})
+    caplog.clear()
+    assert step(run, "promote") == 65
+    assert "is not the one that the gate let through" in caplog.text
+    assert registry.read_pointer(run.store, "demo") is None
     assert step(run, "gate") == 0
     assert refused(Run.at(run.uri)) == {"stored model reproduces its translations"}
 
@@ -338,6 +398,23 @@ def test_extra_test_sets_have_floors_of_their_own(another: Callable[..., Run], t
 
 
 # The champion
+
+
+def test_a_champion_with_damaged_weights_ends_the_evaluation_and_nothing_is_promoted(
+    better: Run, another: Callable[..., Run], tmp_path: Path, caplog: Any
+) -> None:
+    artifacts.fetch(better.store, better.result("train")["candidate"], tmp_path / "champion")
+    make_champion(better.store, "damaged", tmp_path / "champion")
+    (weights,) = [file for file in registry.manifest(better.store, "damaged", "v1").files if "model" in file.path][:1]
+    key = f"{registry.files_prefix('damaged')}/{weights.sha256}"
+    content = better.store.get(key)
+    better.store.put(key, content[:-1] + bytes([content[-1] ^ 1]))
+    run = another(trained=True, settings={"name": "damaged"})
+    caplog.clear()
+    assert step(run, "evaluate") == 65
+    assert weights.path in caplog.text
+    assert step(run, "gate") == step(run, "promote") == 65
+    assert registry.resolve(run.store, "damaged", registry.PRODUCTION) == "v1"
 
 
 def test_a_champion_translates_once_and_must_be_readable(better: Run, another: Callable[..., Run], caplog: Any) -> None:
