@@ -28,10 +28,10 @@ from tasks import artifacts
 from tasks.data.tokenizer import load_tokenizer
 from tasks.errors import DataError
 from tasks.evaluate import read_tables
-from tasks.judging import metrics
+from tasks.judging import ctranslate, metrics
 from tasks.judging.examine import AGREEMENT, agreement, spread
 from tasks.judging.metrics import SYSTEMS, TEST
-from tasks.judging.translation import translate
+from tasks.judging.translation import decode, encode, generate
 from tasks.model import load_model
 from tasks.run import Run
 from tasks.settings import Gate, Settings
@@ -121,11 +121,13 @@ def differences(stored: Any, found: Any, name: str = "") -> Iterator[str]:
 def reproduced(run: Run, translations: pd.DataFrame, evaluated: dict[str, Any]) -> float | None:
     """The share of a sample that the stored candidate, downloaded now, translates as in the evaluation.
 
-    None when it cannot be had: the candidate is not there, is damaged, or is another than was evaluated.
+    The engine that translated then does so again: two engines agree only almost. None when there is nothing to
+    compare: the candidate is not there, is damaged, or is another than was evaluated.
     """
-    search, prepared = run.settings.evaluation, run.settings.preprocessing
     test = translations[translations["set"] == TEST]
     rows = test.iloc[spread(test["source"].str.len().tolist(), SAMPLE)]
+    prepared = run.settings.preprocessing
+    search = run.settings.evaluation.model_dump(include={"max_new_tokens", "batch_size", "beams"})
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / "candidate"
         try:
@@ -133,21 +135,16 @@ def reproduced(run: Run, translations: pd.DataFrame, evaluated: dict[str, Any]) 
             if manifest.fingerprint != evaluated["candidate_fingerprint"]:
                 log.warning("the candidate has changed since it was evaluated")
                 return None
-            model, tokenizer = load_model(directory), load_tokenizer(directory)
+            tokenizer = load_tokenizer(directory)
+            sources = encode(tokenizer, rows["source"].tolist(), prepared.prompt, prepared.max_tokens)
+            if evaluated["engine"]["candidate"].startswith("ctranslate2"):
+                again = ctranslate.generate(ctranslate.load(directory, tokenizer), tokenizer, sources, **search)
+            else:
+                again = generate(load_model(directory), sources, **search)
         except (MissingObjectError, DataError) as error:
             log.warning("the candidate cannot be read back: %s", error)
             return None
-        again = translate(
-            model,
-            tokenizer,
-            rows["source"].tolist(),
-            prompt=prepared.prompt,
-            max_tokens=prepared.max_tokens,
-            max_new_tokens=search.max_new_tokens,
-            batch_size=search.batch_size,
-            beams=search.beams,
-        )
-    return agreement(again, rows["candidate"].tolist())
+    return agreement(decode(tokenizer, again), rows["candidate"].tolist())
 
 
 def check_all(
