@@ -100,10 +100,12 @@ def outcome(
         step, failure = next(iter(failures.items()))
         return "failed", [f"The {step} step failed: {failure['reason']}", "Production stays where it was."]
     refusals = [check["sentence"] for check in gate["checks"] if not check["passed"]] if gate else []
+    stays = "Production stays where it was."
     if steps["reject"]:  # perhaps by a person
-        refusals = steps["reject"]["reasons"]
+        refusals, production = steps["reject"].get("reasons", refusals), steps["reject"].get("production")
+        stays = f"Production stays at version {production}." if production else "Nothing is in production yet."
     if refusals:
-        return "rejected", ["Production stays where it was.", *refusals]
+        return "rejected", [stays, *refusals]
     if gate and settings.get("approval") == "human":
         return "waiting", ["Every check of the gate holds; a person has to approve the candidate."]
     if pulled and not pulled.get("changed", True):

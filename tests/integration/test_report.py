@@ -148,7 +148,9 @@ def test_a_run_that_found_nothing_new_says_so(run: Run) -> None:
 
 def test_a_refusal_begins_with_its_reasons(run: Run) -> None:
     judged(run, "reject")
+    run.save_result("reject", {"summary": "refused", "reasons": ["BLEU is too low."], "production": "v7", "seconds": 1})
     html = page(run)
+    assert "Production stays at version v7." in html
     assert html.index(">Rejected</h1>") < html.index("BLEU is too low.") < html.index("Candidate against champion")
     assert html.count("<svg") == 5  # scores, loss, and three of the data
     assert "í &lt;, now in spare embedding rows" in html
