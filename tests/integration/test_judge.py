@@ -30,6 +30,7 @@ from tasks.run import Run
 from tasks.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "config" / "demo.yaml"
 SMALL = {"data.max_train_rows": 2500, "data.max_eval_rows": 300, "training.epochs": 3}
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 
@@ -43,10 +44,10 @@ def step(run: Run, *names: str) -> int:
     return code
 
 
-def configured(store: Store, run_id: str, **settings: Any) -> Run:
+def configured(store: Store, run_id: str, pipeline: Path = DEMO, **settings: Any) -> Run:
     run = Run.at(f"s3://{store.bucket}/runs/{run_id}")
     assignments = [f"--set={name}={json.dumps(value)}" for name, value in {**SMALL, **settings}.items()]
-    assert main(["configure", "--run", run.uri, "--pipeline", str(ROOT / "config" / "demo.yaml"), *assignments]) == 0
+    assert main(["configure", "--run", run.uri, "--pipeline", str(pipeline), *assignments]) == 0
     return run
 
 
@@ -66,13 +67,16 @@ def better(bucket: Store) -> Run:
 
 
 @pytest.fixture
-def another(bucket: Store, better: Run, request: pytest.FixtureRequest) -> Callable[..., Run]:
-    """A run like the better one up to some step, whose results may be others."""
+def another(bucket: Store, better: Run, request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Run]:
+    """A run like the better one up to some step, whose results may be others, perhaps of a model of another name."""
 
-    def begin(*, trained: bool = False, settings: dict[str, Any] | None = None, **results: dict[str, Any]) -> Run:
-        run = configured(
-            bucket, request.node.name.replace("[", "-").replace("]", "").replace(" ", "-"), **settings or {}
-        )
+    def begin(
+        *, trained: bool = False, model: str = "demo", settings: dict[str, Any] | None = None, **results: dict[str, Any]
+    ) -> Run:
+        pipeline = tmp_path / "pipeline.yaml"
+        pipeline.write_text(DEMO.read_text().replace("name: demo\n", f"name: {model}\n"))
+        run_id = request.node.name.replace("[", "-").replace("]", "").replace(" ", "-")
+        run = configured(bucket, run_id, pipeline, **settings or {})
         for name in ("pull", "validate", "preprocess", *(["train"] if trained else [])):
             run.save_result(name, {**better.result(name), **results.get(name, {})})
         return run
@@ -299,7 +303,7 @@ def test_losses_are_compared_where_champion_and_candidate_write_alike_whatever_r
     with_added_characters(tmp_path / "plain", ["¿", "ñ"], tmp_path / "extended")
     make_champion(better.store, "added", tmp_path / "champion")
     artifacts.publish(better.store, "extended", tmp_path / "extended")
-    run = another(trained=True, settings={"name": "added"}, train={"candidate": "extended"})
+    run = another(trained=True, model="added", train={"candidate": "extended"})
     assert step(run, "evaluate", "gate") == 0
     splits = fetch_prepared(run, tmp_path / "data").splits
     references = [*splits["validation"]["target"], *splits["test"]["target"]]
@@ -409,7 +413,7 @@ def test_a_champion_with_damaged_weights_ends_the_evaluation_and_nothing_is_prom
     key = f"{registry.files_prefix('damaged')}/{weights.sha256}"
     content = better.store.get(key)
     better.store.put(key, content[:-1] + bytes([content[-1] ^ 1]))
-    run = another(trained=True, settings={"name": "damaged"})
+    run = another(trained=True, model="damaged")
     caplog.clear()
     assert step(run, "evaluate") == 65
     assert weights.path in caplog.text
