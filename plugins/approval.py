@@ -58,15 +58,22 @@ def checks_table(verdict: Mapping[str, Any]) -> str:
     """The gate's checks as a Markdown table."""
     rows = ["| | check | observed | required |", "|---|---|---|---|"]
     for check in verdict["checks"]:
-        observed = "none" if check["observed"] is None else f"{check['observed']:.4g}"
-        rows.append(
-            f"| {'✓' if check['passed'] else '✗'} | {plain(check['name'])} | {observed} | {plain(check['required'])} |"
-        )
+        mark = "✓" if check["passed"] else "✗"
+        rows.append(f"| {mark} | {plain(check['name'])} | {seen(check)} | {plain(check['required'])} |")
     champion = verdict.get("champion_version")
     against = (
         f"version {champion}, which is in production" if champion else "the base model: there is no production yet"
     )
     return "\n".join([f"Compared with {against}.", "", *rows])
+
+
+def seen(check: Mapping[str, Any]) -> str:
+    """What a check observed, as people read it."""
+    if check["observed"] is None:
+        return "none"
+    if check["required"] == "yes":
+        return "yes" if check["observed"] else "no"
+    return f"{check['observed']:.4g}"
 
 
 def plain(text: str) -> str:

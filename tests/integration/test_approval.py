@@ -88,3 +88,9 @@ def test_table_is_text_whatever_is_in_it() -> None:
     table = checks_table({"checks": [{**CHECK, "name": "a|b <i>", "observed": None}], "champion_version": "v1"})
     assert r"| ✓ | a\|b \<i\> | none |" in table
     assert "version v1" in table
+
+
+@pytest.mark.parametrize(("observed", "said"), [(1.0, "yes"), (0.0, "no")])
+def test_what_is_or_is_not_is_no_number(observed: float, said: str) -> None:
+    check = {**CHECK, "name": "data valid", "observed": observed, "required": "yes"}
+    assert f"| data valid | {said} | yes |" in checks_table({"checks": [check]})
