@@ -9,7 +9,7 @@
 
 Who may see a page is what Airflow says of the DAG: reading needs the right to read it, and the buttons, which appear
 with the right to trigger it, send the browser's own request to Airflow's REST API, which checks and records it.
-Nothing is loaded from elsewhere; no script runs but `pages/page.js`; what the store has is text here, never markup.
+Nothing is loaded from elsewhere; no script runs but `pages/models.js`; what the store has is text here, never markup.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ PAGES = Path(__file__).parent / "pages"
 SHOWN = 50  # versions, and events of the history, on a page; the newest
 SENTENCES = 30  # in a comparison
 AT_ONCE = 8  # reads from the store
+SPLITS = ("train", "validation", "test")
+SUMMARY = "summary"  # the first page about the data; the others have the names of Great Expectations' suites
+# What a run leaves for people, and all that these pages show of it.
+FILES, FOLDERS = ("report.html", "validation/index.html"), ("validation/docs/", "tensorboard/")
 
 # A page, and a file that a run left: with Great Expectations' pages may come scripts and addresses, which stay dead.
 PAGE_POLICY = (
@@ -184,21 +188,28 @@ def report(request: Request, dag_id: Name, run: Name) -> Response:
 
 
 @readers.get("/runs/{run}/docs")
-def data_docs(request: Request, dag_id: Name, run: Name, suite: Version | None = None) -> Response:
-    """What Great Expectations found, split by split, below this site's own head."""
+def data_docs(request: Request, dag_id: Name, run: Name, shown: str = SUMMARY) -> Response:
+    """What validation found, first in short, then split by split as Great Expectations' Data Docs show it."""
     found = found_run(dag_id, run)
     keys = (entry.key for entry in found.store.list(found.key("validation/docs/validations/")))
     paths = [key.removeprefix(f"{found.prefix}/") for key in keys if key.endswith(".html")]
     suites = {path.split("/")[3]: path for path in paths}  # validation/docs/validations/SUITE/...; the newest
-    if not suites:
+    pages = {SUMMARY: "validation/index.html", **{name: suites[name] for name in sorted(suites, key=place_of_suite)}}
+    if not found.store.exists(found.key(pages[SUMMARY])):
         raise HTTPException(404, f"{run} has left no Data Docs: it may not have come so far.")
-    shown = suite if suite in suites else max(suites, key=lambda name: name == "train")
-    tabs = {name: name == shown for name in suites}
-    return framed(request, dag_id, found, title="Data Docs", path=suites[shown], suites=tabs)
+    shown = shown if shown in pages else SUMMARY
+    tabs = {name: name == shown for name in pages}
+    return framed(request, dag_id, found, title="Data Docs", path=pages[shown], tabs=tabs)
+
+
+def place_of_suite(name: str) -> tuple[int, str]:
+    """Where a suite stands among the others: its split's place, then its name."""
+    places = [place for place, split in enumerate(SPLITS) if name.startswith(split)]
+    return (min(places, default=len(SPLITS)), name)
 
 
 def framed(
-    request: Request, dag_id: str, run: Run, *, title: str, path: str, suites: dict[str, bool] | None = None
+    request: Request, dag_id: str, run: Run, *, title: str, path: str, tabs: dict[str, bool] | None = None
 ) -> Response:
     """A page that a run left, below this site's own head."""
     settings = pipeline(dag_id)
@@ -210,14 +221,14 @@ def framed(
         run=run,
         title=title,
         path=path,
-        suites=suites or {},
+        tabs=tabs or {},
     )
 
 
 @readers.get("/runs/{run}/files/{path:path}")
 def file(request: Request, dag_id: Name, run: Name, path: str) -> Response:
     """A file that a run left for people."""
-    if not is_plain(path) or not (path == "report.html" or path.startswith(("validation/docs/", "tensorboard/"))):
+    if not is_plain(path) or not (path in FILES or path.startswith(FOLDERS)):
         raise HTTPException(404, "There is no such page.")
     found = found_run(dag_id, run)
     content = found.store.get(found.key(path))

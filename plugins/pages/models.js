@@ -5,9 +5,17 @@ function paint() {
   try { theme = localStorage.getItem("theme"); } catch { /* no storage: as the system is */ }
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
   else delete document.documentElement.dataset.theme;
+  document.querySelectorAll("iframe").forEach(paintFrame);
+}
+
+// What a run left knows no more than the system's light or dark.
+function paintFrame(frame) {
+  const page = frame.contentDocument?.documentElement;
+  if (page) page.style.colorScheme = document.documentElement.dataset.theme ?? "";
 }
 paint();
 addEventListener("storage", paint);
+document.addEventListener("load", (event) => { if (event.target.tagName === "IFRAME") paintFrame(event.target); }, true);
 
 document.addEventListener("DOMContentLoaded", () => {
   const airflow = document.body.dataset.airflow;
