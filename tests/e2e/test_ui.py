@@ -1,7 +1,8 @@
 """Airflow as people use it: the real components on loopback, and a real browser.
 
 One story, told in order: somebody triggers a run with the form, approves the candidate, looks at the report and the
-Data Docs, has a harmful setting refused, rolls back, and finds out what a reader may not do.
+Data Docs, has a harmful setting refused, rolls back, presses Retrain and does not answer, and finds out what a reader
+may not do.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from playwright.sync_api import Browser, FrameLocator, Page, expect, sync_playwright
@@ -26,14 +31,17 @@ from plugins.pipelines import run_id
 from scripts import airflow_settings
 from scripts.airflow_api import AirflowApi
 from scripts.demo import HARMFUL, OFFLINE
-from scripts.stack import STORE, Stack, environment
+from scripts.stack import ALL, STORE, Stack, environment
 from tasks import registry
+from tasks.__main__ import STEPS
 from tasks.run import Run
 from tasks.storage import Store
 from tests.conftest import free_port
+from tests.integration.test_alerts import Webhook, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 DAG, MODEL, SEED = "retrain_demo", "demo", "2026-01-01-seed"
+HASTY = {"approval_hours": 0.002, "late_after_hours": 0.001, "alert_webhook": "chat"}  # seven seconds, and four
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EVIL = "<script>document.title = 'owned'</script>"
 PATIENCE = 600.0  # seconds that a run may take on a busy machine
@@ -48,6 +56,7 @@ class Site:
 
     stack: Stack
     passwords: dict[str, str]
+    webhook: Any
     promoted: str = ""  # Airflow's id of the run that was promoted
 
     @property
@@ -60,6 +69,10 @@ class Site:
 
     def store(self) -> Store:
         return Store(self.stack.bucket)
+
+    def run(self, model: str, dag_run: str) -> Run:
+        """What a run has in the store."""
+        return Run.at(f"s3://{self.stack.bucket}/runs/{run_id(model, dag_run)}")
 
     def get(self, path: str, user: str | None = "admin") -> httpx.Response:
         """What the server answers to a user, or to nobody."""
@@ -77,10 +90,28 @@ class Site:
             time.sleep(0.5)
         return found
 
+    def runs(self, dag: str) -> list[str]:
+        """The ids of a DAG's runs, in order."""
+        runs = self.get(f"/api/v2/dags/{dag}/dagRuns?order_by=run_after").json()["dag_runs"]
+        return [run["dag_run_id"] for run in runs]
+
     def finished(self, dag: str, run: str) -> str:
         """How a run has ended."""
         self.until(lambda: self.api.run_state(dag, run) in ("success", "failed"), f"the end of {run}")
         return self.api.run_state(dag, run)
+
+    def followers(self) -> list[dict[str, str]]:
+        """What the DAG that follows a promotion has tried, once for each of its runs, when they have ended."""
+        dag = "on_promotion"
+        runs = self.runs(dag)
+        assert {self.finished(dag, run) for run in runs} <= {"success"}
+        paths = [f"/api/v2/dags/{dag}/dagRuns/{run}/taskInstances/smoke_test/xcomEntries/return_value" for run in runs]
+        return [self.get(path).json()["value"] for path in paths]
+
+    def audited(self, dag: str, event: str) -> list[str]:
+        """Who did something to a DAG, by Airflow's audit log."""
+        log = self.get(f"/api/v2/eventLogs?dag_id={dag}&event={event}").json()["event_logs"]
+        return [entry["owner"] for entry in log]
 
     def waits_or_has_ended(self, run: str) -> bool:
         """Whether a run waits for a person, or never will."""
@@ -92,37 +123,59 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Airflow with one small pipeline, in which a person has to approve, and a version in production to start from."""
+def webhook() -> Iterator[Any]:
+    """Where alerts go."""
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Webhook)
+    server.answer = 200
+    yield from serving(server)
+
+
+@pytest.fixture(scope="module")
+def site(webhook: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Airflow with two small pipelines in which a person has to approve, and a version in production to start from."""
     config = tmp_path_factory.mktemp("config")
-    content = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text())
-    content["approval"] = "human"
-    content["data"] |= {"max_train_rows": 1200, "max_eval_rows": 120}
-    content["training"]["epochs"] = 1
-    (config / "demo.yaml").write_text(yaml.safe_dump(content))
+    write_pipeline(config, MODEL)
+    write_pipeline(config, "hasty", **HASTY)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RETRAIN_AIRFLOW_PORT", "RETRAIN_STORE_PORT"):
             patch.setenv(name, str(free_port()))
         patch.setenv("RETRAIN_CONFIG", str(config))
         stack = Stack(tmp_path_factory.mktemp("stack"))
-        users = {"AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{airflow_settings.ADMIN}:admin,reader:viewer"}
-        stack.up(print, {**OFFLINE, **users})
+        chat = {"conn_type": "http", "host": f"http://127.0.0.1:{webhook.server_port}"}
+        extra = {
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{airflow_settings.ADMIN}:admin,reader:viewer",
+            "AIRFLOW_CONN_CHAT": json.dumps(chat),
+            "AIRFLOW__SCHEDULER__TRIGGER_TIMEOUT_CHECK_INTERVAL": "1",  # and so of how long a person may wait
+        }
+        stack.up(print, {**OFFLINE, **extra})
         try:
             with environment(stack.environment):
-                site = Site(stack, json.loads(stack.password_file.read_text()))
+                site = Site(stack, json.loads(stack.password_file.read_text()), webhook)
                 seed(site.store())
-                site.until(lambda: all(map(site.api.find_dag, (DAG, "rollback_demo"))), "reading the DAG files")
-                site.api.pause(DAG, False)
+                dags = [DAG, "rollback_demo", "retrain_hasty", "on_promotion"]
+                site.until(lambda: all(map(site.api.find_dag, dags)), "reading the DAG files")
+                for dag in (DAG, "on_promotion"):
+                    site.api.pause(dag, False)
                 yield site
         finally:
             stack.down()
 
 
+def write_pipeline(folder: Path, name: str, **operation: Any) -> None:
+    """The demo's pipeline, smaller, under another name, and with a person's approval."""
+    content = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text())
+    content |= {"name": name, "approval": "human", "operation": operation}
+    content["data"] |= {"max_train_rows": 1200, "max_eval_rows": 120}
+    content["training"]["epochs"] = 1
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+
+
 def seed(store: Store) -> None:
     """A first version: the base model, made by a person with markup in every pocket."""
+    settings = {"note": EVIL, "preprocessing": {"prompt": "translate English to Spanish: "}}
     about = {
         "metrics": {"candidate": 50.0, "champion": 49.0},
-        "lineage": {"inputs": "other", "settings": {"note": EVIL}},
+        "lineage": {"inputs": "other", "settings": settings},
     }
     base = ROOT / "examples" / "demo" / "base-model"
     registry.publish(store, MODEL, SEED, base, {"version": SEED, "run": "seed", **about})
@@ -180,6 +233,15 @@ def test_nobody_sees_anything_without_a_session(site: Site) -> None:
         assert SEED not in answer.text.replace(address, "")
 
 
+def test_nothing_listens_beyond_this_machine(site: Site) -> None:
+    parts = [site.stack._background.find(name) for name in ALL]
+    processes = [process for part in parts if part for process in (part, *part.children(recursive=True))]
+    sockets = [each for process in processes for each in process.net_connections("inet")]
+    listening = {each.laddr for each in sockets if each.status == psutil.CONN_LISTEN}
+    assert [address for address in listening if not ip_address(address.ip).is_loopback] == []
+    assert {site.stack.ports["airflow"], site.stack.ports["store"]} <= {address.port for address in listening}
+
+
 # The story
 
 
@@ -197,7 +259,7 @@ def test_run_is_triggered_with_the_form_and_waits_for_a_person(page: Page, site:
     (site.promoted,) = site.until(lambda: site.api.unfinished_runs(DAG), "the run")
     site.until(lambda: site.waits_or_has_ended(site.promoted), "the wait for a person")
     assert site.states(site.promoted)["approval"] == "awaiting_input"
-    run = Run.at(f"s3://{site.stack.bucket}/runs/{run_id(MODEL, site.promoted)}")
+    run = site.run(MODEL, site.promoted)
     assert run.settings.training.epochs == 2
     assert run.config["requested"] == {"training.epochs": 2}
 
@@ -211,8 +273,27 @@ def test_person_sees_the_gates_table_and_approves(page: Page, site: Site) -> Non
     assert site.finished(DAG, site.promoted) == "success"
     ends = site.states(site.promoted)
     assert {name for name, state in ends.items() if state == "skipped"} == {"unchanged", "reject"}
-    run = Run.at(f"s3://{site.stack.bucket}/runs/{run_id(MODEL, site.promoted)}")
+    run = site.run(MODEL, site.promoted)
     assert run.result("approval") == {"summary": "approved by admin", "approved": True, "by": "admin"}
+
+
+def test_log_of_each_step_begins_with_what_it_will_do_and_ends_with_what_it_did(site: Site) -> None:
+    ran = [name for name, state in site.states(site.promoted).items() if state == "success" and name in STEPS]
+    assert len(ran) == len(STEPS) - 1  # all but `reject`
+    for name in ran:
+        lines = [line[9:] for line in site.api.log(DAG, site.promoted, name, 1) if re.match(r"\d\d:\d\d:\d\d ", line)]
+        assert lines[0].startswith(f"{name}: {STEPS[name]} ("), name
+        assert re.match(rf"{name}: done in [\d.]+ s: \w", lines[-1]), name
+    said = {"changed": "changed: is there anything new to train on? pull found 1,", "approval": "approved by admin"}
+    said["decision"] = "decision: where does the gate's verdict lead? It is promote: all "
+    for name, words in said.items():
+        assert words in "\n".join(site.api.log(DAG, site.promoted, name, 1))
+
+
+def test_what_follows_a_promotion_has_pulled_and_tried_the_new_version(site: Site) -> None:
+    version = registry.read_pointer(site.store(), MODEL).version  # type: ignore[union-attr]
+    site.until(site.followers, "the run that follows the promotion")
+    assert site.followers() == [{MODEL: version}]
 
 
 def test_what_airflow_keeps_of_a_run_is_small_and_links_to_the_pages(page: Page, site: Site) -> None:
@@ -243,15 +324,26 @@ def test_models_page_shows_production_and_the_pages_of_its_run(page: Page, site:
     row.get_by_role("link", name="Report").click()
     report = frame.frame_locator("iframe")
     expect(report.get_by_role("heading", name="Promoted")).to_be_visible()
+    report.get_by_role("link", name="What was expected and found").click()
+    expect(report.get_by_role("heading", name="The data is fit for training")).to_be_visible()
     frame.get_by_role("link", name="Data Docs").click()
-    expect(frame.locator("nav")).to_contain_text("validation")
-    expect(frame.frame_locator("iframe").get_by_text("Evaluated Expectations").first).to_be_visible()
+    expect(report.get_by_role("heading", name="The data is fit for training")).to_be_visible()
+    frame.get_by_role("link", name="train, pair by pair").click()
+    expect(report.get_by_text("Evaluated Expectations").first).to_be_visible()
+
+
+def test_what_a_run_left_is_light_or_dark_as_airflow_is_whatever_the_system_is(page: Page, site: Site) -> None:
+    for theme, paper in {"dark": "rgb(18, 22, 29)", "light": "rgb(255, 255, 255)"}.items():
+        page.evaluate("theme => localStorage.setItem('theme', theme)", theme)
+        for name in ("report", "docs"):
+            frame = models(page, site, f"{DAG}/runs/{run_id(MODEL, site.promoted)}/{name}")
+            expect(frame.frame_locator("iframe").locator("body")).to_have_css("background-color", paper)
 
 
 def test_sentences_that_differ_are_text_whatever_is_in_them(page: Page, site: Site) -> None:
     """What a run wrote about the first version has a script in every translation, and one in the reasons."""
     store = site.store()
-    run = Run.at(f"s3://{site.stack.bucket}/runs/{run_id(MODEL, site.promoted)}")
+    run = site.run(MODEL, site.promoted)
     key, path = run.key("evaluation", "translations.parquet"), site.stack.folder / "translations.parquet"
     store.download(key, path)
     pd.read_parquet(path).assign(candidate=f"Hola {EVIL}").to_parquet(path)
@@ -279,6 +371,21 @@ def test_harmful_setting_is_rejected_and_the_grid_says_so(page: Page, site: Site
     assert registry.read_pointer(site.store(), MODEL) == before
     frame = models(page, site, f"{DAG}/runs/{run_id(MODEL, run)}/report")
     expect(frame.frame_locator("iframe").get_by_role("heading", name="Rejected")).to_be_visible()
+    assert len(site.followers()) == 1
+
+
+def test_decision_that_is_cleared_is_made_again_and_comes_to_the_same(site: Site) -> None:
+    """The tasks that are no steps; the steps themselves: `test_dag.py`."""
+    before = registry.read_pointer(site.store(), MODEL)
+    (run,) = (run for run in site.runs(DAG) if run != site.promoted)
+    for task in ("changed", "decision"):
+        again = {"dag_run_id": run, "task_ids": [task], "include_downstream": task == "decision", "only_failed": False}
+        site.api._ask("POST", f"/api/v2/dags/{DAG}/clearTaskInstances", json={"dry_run": False, **again})
+        assert site.finished(DAG, run) == "success"
+        ends = site.api.task_instances(DAG, run)
+        assert (ends[task]["state"], ends[task]["try_number"]) == ("success", 2)
+        assert (ends["reject"]["state"], ends["promote"]["state"]) == ("success", "skipped")
+    assert registry.read_pointer(site.store(), MODEL) == before
 
 
 def test_rollback_with_a_reason_moves_production(page: Page, site: Site) -> None:
@@ -287,17 +394,21 @@ def test_rollback_with_a_reason_moves_production(page: Page, site: Site) -> None
     frame.locator("input[name=reason]").fill("it insults customers")
     frame.get_by_role("button", name="Move production").click()
     page.wait_for_url(re.compile(r"/dags/rollback_demo/runs/"))
-    (run,) = (run["dag_run_id"] for run in site.get("/api/v2/dags/rollback_demo/dagRuns").json()["dag_runs"])
+    (run,) = site.runs("rollback_demo")
     assert site.finished("rollback_demo", run) == "success"
     frame = models(page, site, DAG)
     expect(frame.locator(".large")).to_have_text(SEED)
     expect(frame.get_by_role("cell", name="it insults customers")).to_be_visible()
     event = registry.history(site.store(), MODEL)[-1]
     assert (event.version, event.who, event.why) == (SEED, "admin", "it insults customers")
-    log = site.get("/api/v2/eventLogs?dag_id=rollback_demo&event=trigger_dag_run").json()["event_logs"]
-    assert [entry["owner"] for entry in log] == ["admin"]
+    assert site.audited("rollback_demo", "trigger_dag_run") == ["admin"]
     extra = site.get("/api/v2/assets/events?source_dag_id=rollback_demo").json()["asset_events"][0]["extra"]
     assert extra["version"] == SEED
+
+
+def test_what_follows_a_rollback_has_tried_the_old_version(site: Site) -> None:
+    site.until(lambda: len(site.followers()) == 2, "the run that follows the rollback")
+    assert site.followers()[-1] == {MODEL: SEED}
 
 
 # What must not work
@@ -330,6 +441,7 @@ def test_reader_may_look_and_not_touch(browser: Browser, site: Site) -> None:
         f"{DAG}/runs/seed/version",
         f"{DAG}/runs/..%2Fmodels/report",
         f"{DAG}/runs/seed/files/config.json",
+        f"{DAG}/runs/seed/files/validation/quarantine.parquet",
         f"{DAG}/runs/seed/files/validation/docs/..%2F..%2Fconfig.json",
         f"{DAG}/runs/seed/files/..%2F..%2Fmodels%2Fdemo%2Fproduction.json",
         "static/..%2Fmodels_app.py",
