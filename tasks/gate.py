@@ -298,8 +298,8 @@ def nothing_hidden(found: dict[str, Any], limits: Gate) -> list[Check]:
             "worst slice",
             change,
             negative(limits.max_slice_loss),
-            f"Sentences {worst} fare worst: with {100 * limits.confidence:g}% confidence their BLEU changes by "
-            "{observed:+.2f} or worse, {verdict} the {required:+g} allowed.",
+            f"On sentences {worst} BLEU changes, with {100 * limits.confidence:g}% confidence, by at most "
+            "{observed:+.2f}, {verdict} the {required:+g} allowed.",
         ),
         at_most(
             "no leak of the test split",

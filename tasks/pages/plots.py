@@ -92,7 +92,8 @@ def histogram(edges: list[float], counts: dict[str, list[int]], label: str) -> s
             places = [bar + offset for bar in range(len(values))]
             axes.bar(places, values, width=width, color=(CANDIDATE, CHAMPION)[place % 2], label=name)
         axes.set(xlabel=label, ylabel="pairs")
-        axes.set_xticks([edge - 0.5 for edge in range(len(edges))], [f"{edge:g}" for edge in edges])
+        step = -(-len(edges) // 12)  # more labels would run into each other
+        axes.set_xticks([edge - 0.5 for edge in range(0, len(edges), step)], [f"{edge:g}" for edge in edges[::step]])
         if len(counts) > 1:
             axes.legend()
         return _svg(figure)
