@@ -17,7 +17,6 @@ from http.server import ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 import pandas as pd
