@@ -21,6 +21,7 @@ from kubernetes.client import V1Pod
 from scripts.stack import Stack
 
 pytest_plugins = ["clusters"]
+pytestmark = pytest.mark.timeout(2400)
 
 DAG = "retrain_demo"
 LONG = {"training.epochs": 100, "training.batch_size": 4, "force": True}
@@ -54,7 +55,7 @@ class Airflow:
         assert len(pods) <= 1
         return pods[0] if pods else None
 
-    def wait_for_training(self, but: str = "", seconds: float = 600) -> str:
+    def wait_for_training(self, but: str = "") -> str:
         """The name of the pod that trains, once it does."""
 
         def trains() -> str | None:
@@ -64,7 +65,7 @@ class Airflow:
             log = self.cluster.api.read_namespaced_pod_log(pod.metadata.name, self.cluster.namespace)
             return pod.metadata.name if re.search(r"epoch \d", log) else None
 
-        return wait_for(trains, seconds)
+        return wait_for(trains, 900)
 
     def kill_what_watches(self) -> None:
         """SIGKILL: of the worker and the task's process, or of the triggerer, which then is started again."""
@@ -74,7 +75,7 @@ class Airflow:
             assert triggerer
             for process in [*triggerer.children(recursive=True), triggerer]:
                 process.kill()
-            wait_for(lambda: background.find("triggerer") is None, 20)
+            wait_for(lambda: background.find("triggerer") is None)
             self.stack.up(print, self.extra)
             return
         scheduler = background.find("scheduler")
@@ -85,7 +86,8 @@ class Airflow:
                 process.kill()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
+    """What the condition gives, once it holds; the time is for a machine with much else to do."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen"
@@ -121,7 +123,7 @@ def airflow(
         airflow = Airflow(stack, cluster, request.param, extra)
         stack.up(print, extra)
         try:
-            wait_for(lambda: stack.api().find_dag(DAG), 120)
+            wait_for(lambda: stack.api().find_dag(DAG))
             stack.api().pause(DAG, False)
             airflow.run = stack.api().trigger(DAG, LONG)
             yield airflow
@@ -133,14 +135,16 @@ def airflow(
 
 def test_a_pod_deleted_in_mid_training_is_tried_again_and_goes_on(airflow: Airflow) -> None:
     first = airflow.wait_for_training()
-    wait_for(lambda: "epoch 1" in airflow.log(1), 120)  # the pod's log is the task's, while it runs
+    wait_for(lambda: "epoch 1" in airflow.log(1))  # the pod's log is the task's, while it runs
     airflow.cluster.delete(first)  # SIGTERM first, as when a node is drained or a pod preempted
     second = airflow.wait_for_training(but=first)
     assert second != first
     assert airflow.task()["try_number"] == 2
-    assert "stopped by SIGTERM; what was done is kept" in airflow.log(1)
-    assert "its pod was deleted" in airflow.log(1) or "its pod is gone" in airflow.log(1)
-    wait_for(lambda: "going on from a checkpoint" in airflow.log(2), 120)
+    # Which of these is said depends on what is seen first: the end of the step, or that the pod is being deleted.
+    assert re.search("its pod was deleted|its pod is gone|failed with exit code 75: stopped by SIGTERM", airflow.log(1))
+    pod_says = airflow.cluster.api.read_namespaced_pod_log(second, airflow.cluster.namespace)
+    assert "going on from a checkpoint" in pod_says
+    wait_for(lambda: "going on from a checkpoint" in airflow.log(2))
 
 
 def test_when_what_watches_a_pod_is_killed_the_pod_is_found_again(airflow: Airflow) -> None:
@@ -148,8 +152,8 @@ def test_when_what_watches_a_pod_is_killed_the_pod_is_found_again(airflow: Airfl
     number = airflow.task()["try_number"]
     airflow.kill_what_watches()
     if not airflow.deferrable:
-        wait_for(lambda: airflow.task()["try_number"] > number and airflow.task()["state"] == "running", 240)
-    wait_for(lambda: airflow.task()["state"] in {"running", "deferred"}, 120)
+        wait_for(lambda: airflow.task()["try_number"] > number and airflow.task()["state"] == "running")
+    wait_for(lambda: airflow.task()["state"] in {"running", "deferred"})
     time.sleep(15)
     assert airflow.training_pod().metadata.name == pod
 
@@ -157,7 +161,7 @@ def test_when_what_watches_a_pod_is_killed_the_pod_is_found_again(airflow: Airfl
 def test_a_task_marked_as_failed_leaves_no_pod(airflow: Airflow) -> None:
     airflow.wait_for_training()
     airflow.set_state("failed")
-    wait_for(lambda: airflow.training_pod() is None, 60)
+    wait_for(lambda: airflow.training_pod() is None)
     time.sleep(5)
     assert airflow.task()["state"] == "failed"
 
@@ -166,7 +170,7 @@ def test_a_task_that_is_cleared_while_it_runs_gets_a_pod_of_its_own(airflow: Air
     airflow.clear()
     before = airflow.wait_for_training()
     airflow.clear()
-    wait_for(lambda: airflow.training_pod() is None or airflow.training_pod().metadata.name != before, 60)
+    wait_for(lambda: airflow.training_pod() is None or airflow.training_pod().metadata.name != before)
     after = airflow.wait_for_training(but=before)
     assert after != before
 
@@ -174,4 +178,4 @@ def test_a_task_that_is_cleared_while_it_runs_gets_a_pod_of_its_own(airflow: Air
 def test_a_run_marked_as_failed_leaves_no_pod(airflow: Airflow) -> None:
     airflow.wait_for_training()
     airflow.stack.api().fail_run(DAG, airflow.run)
-    wait_for(lambda: not [pod for pod in airflow.cluster.pods() if not pod.metadata.deletion_timestamp], 60)
+    wait_for(lambda: not [pod for pod in airflow.cluster.pods() if not pod.metadata.deletion_timestamp])

@@ -39,7 +39,7 @@ def test_the_demo_is_promoted_with_every_step_in_a_pod(
 ) -> None:
     if cluster.kind == "stand-in" and not deferrable:
         pytest.skip("the tests below wait for stand-ins' pods often enough")
-    changes = {"force": True, "gate.min_gain": -1}  # the second time, the candidate is production's twin
+    changes = {"force": True, "gate.min_gain": None}  # the second time, the candidate is production's twin
     dag_run, run = runner.demo(changes, deferrable=deferrable)
     assert dag_run.state == "success"
     assert {task for task, state in states(dag_run).items() if state != "success"} == {"unchanged", "reject"}
