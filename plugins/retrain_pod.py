@@ -195,9 +195,9 @@ class PodStep(KubernetesPodOperator):
     def _failure(self, error: Exception) -> AirflowException:
         """What to raise when the pod ended without a result: the reason, and whether to try again."""
         if self._last_look is None:
-            # Deleted before the first look at it: once it was made, 404 can mean nothing else.
-            vanished = self.pod is not None and getattr(error, "status", None) == 404
-            if self._gone or vanished or isinstance(error, PodNotFoundException):
+            # Deleted before the first look at it: it was made, and Kubernetes answers, but has it no more.
+            vanished = self.place is not None and getattr(error, "status", 404) == 404
+            if self._gone or (vanished and not isinstance(error, HTTPError)) or isinstance(error, PodNotFoundException):
                 return StepFailedError(f"{self.step}: its pod is gone: somebody deleted it, or its node was lost")
             return StepFailedError(f"{self.step}: Kubernetes did not take or show its pod: {_api_message(error)}")
         reason, again = why_it_failed(self._last_look, self.base_container_name, error.__context__ or error)

@@ -158,6 +158,22 @@ def test_a_pod_that_makes_room_for_another_is_tried_again(
     )
 
 
+@both
+def test_a_pod_that_ends_because_it_is_deleted_reads_as_such(
+    deferrable: bool, runner: Runner, cluster: Cluster, said: Callable[[], str]
+) -> None:
+    state = runner.step(
+        "train",
+        deferrable=deferrable,
+        cmds=["sh", "-c", "trap 'echo stopped by SIGTERM; exit 75' TERM; sleep 120 & wait"],
+        meanwhile=lambda: cluster.delete(cluster.wait_until_running()),
+    )
+    assert state == "failed"
+    assert re.search(
+        r"StepFailedError: train(: its pod (is gone|was deleted)| failed with exit code 75: stopped by SIGTERM)", said()
+    )
+
+
 # The result in the store counts, if it is this attempt's
 
 CONFIGURE = {"pipeline_file": "config/demo.yaml"}
