@@ -112,12 +112,17 @@ def bucket(ministack: object_store.Server) -> Iterator[Store]:
         yield store
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def airflow_database() -> None:
     """Airflow's tables, for what runs DAGs."""
+    from airflow.models.asset import AssetActive
     from airflow.utils import db
+    from airflow.utils.session import create_session
+    from sqlalchemy import delete
 
     db.initdb()
+    with create_session() as session:  # an asset's name has one address, and each module has a bucket of its own
+        session.execute(delete(AssetActive))
 
 
 # The demo's tiny base model and a few pairs. TensorFlow is imported only by the tests that ask for one of these.

@@ -52,7 +52,7 @@ def answer(run: Run, option: str, user: str | None) -> None:
 def outcome(run: Run) -> tuple[str, str]:
     steps: dict[str, Any] = dict.fromkeys(report.STEPS)
     again = Run.at(run.uri)
-    word, sentences = report.outcome({**steps, **{s: again.find_result(s) for s in steps}}, {}, again.settings)
+    word, sentences = report.outcome({**steps, **{s: again.find_result(s) for s in steps}}, {}, again.settings.model_dump())
     return word, " ".join(sentences)
 
 
@@ -72,7 +72,7 @@ def test_no_is_a_rejection_with_its_reason(run: Run, user: str | None, said: str
     assert said in result["summary"]
     assert said in result["reasons"][0]
     again.save_result("reject", {**result, "seconds": 0})
-    assert outcome(run) == ("rejected", f"Production stays where it was. {result['reasons'][0]}")
+    assert outcome(run) == ("rejected", f"Nothing is in production yet. {result['reasons'][0]}")
     with pytest.raises(DataError, match="only with a person's approval"):
         promote.run(Run.at(run.uri))
 

@@ -285,8 +285,9 @@ def test_training_goes_on_while_the_store_is_away(
     arrays = {"weight": np.arange(3, dtype=np.float32)}
     with running_store("ministack", tmp_path) as server, bucket_of(server) as store:
         kept = Checkpoints(store, "checkpoints", "this", minutes=1)
-        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-        away = Checkpoints(Store(store.bucket), "checkpoints", "this", minutes=1)
+        with pytest.MonkeyPatch.context() as nowhere:
+            nowhere.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+            away = Checkpoints(Store(store.bucket), "checkpoints", "this", minutes=1)
         away.save(1, arrays, {"step": 1})
         assert "no checkpoint could be written; training goes on without" in caplog.text
         assert not away.is_due()  # it is not tried again at every step
