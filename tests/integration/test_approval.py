@@ -52,7 +52,9 @@ def answer(run: Run, option: str, user: str | None) -> None:
 def outcome(run: Run) -> tuple[str, str]:
     steps: dict[str, Any] = dict.fromkeys(report.STEPS)
     again = Run.at(run.uri)
-    word, sentences = report.outcome({**steps, **{s: again.find_result(s) for s in steps}}, {}, again.settings.model_dump())
+    word, sentences = report.outcome(
+        {**steps, **{s: again.find_result(s) for s in steps}}, {}, again.settings.model_dump()
+    )
     return word, " ".join(sentences)
 
 
